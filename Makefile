@@ -1,0 +1,45 @@
+# Everything runs from the repository root, in .venv, which `make setup` makes.
+
+PYTHON ?=
+PY := .venv/bin/python
+READY := .venv/.ready
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint bench notebooks lab clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1	\2/p' Makefile | expand -t 12
+
+setup: $(READY)  ## find Python >= 3.12, make .venv, install everything pinned
+
+$(READY): pyproject.toml setup.py constraints.txt
+	PYTHON='$(PYTHON)' sh tools/setup.sh
+	@touch $@
+
+demo: setup  ## compare balancing strategies on a tiny model, about 15 minutes
+	$(PY) -m experiments.sweep --sweep=experiments/sweeps/demo.py --workdir=runs/demo $(ARGS)
+
+test: lint  ## lint, types and every test but the slow ones
+	$(PY) -m pytest -q -m "not slow" $(ARGS)
+
+test-all: lint  ## the slow tests too
+	$(PY) -m pytest -q $(ARGS)
+
+lint: setup  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: setup  ## tokens/s of a training step on this CPU; ARGS="--peers --json FILE"
+	$(PY) benchmarks/train_cpu.py $(ARGS)
+
+notebooks: setup  ## run every notebook from top to bottom
+	.venv/bin/jupyter execute --timeout=600 notebooks/*.ipynb
+
+lab: setup  ## open the notebooks in JupyterLab
+	.venv/bin/jupyter lab --notebook-dir=notebooks
+
+clean:  ## remove caches and build products; runs/ and .venv stay
+	rm -rf .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,274 @@
+"""One self-contained HTML page and pictures of a sweep or of a single run.
+
+The page (`page.html` is its frame) holds plotly.js once and its figures as JSON and so
+needs no network: the table first, then settings against one another, then any two runs
+side by side.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from deepseek_jax.analysis import plots
+from deepseek_jax.analysis.charts import Chart, colours
+from deepseek_jax.analysis.comparisons import COMPARISONS, overview
+from deepseek_jax.analysis.details import DETAILS
+from deepseek_jax.analysis.runs import DONE, FAILED, Run, Study
+from deepseek_jax.analysis.seeds import MEASURES, differ, summarize
+from deepseek_jax.analysis.tables import (
+    HEADINGS,
+    LOWER_IS_BETTER,
+    Table,
+    best,
+    table,
+    text_of,
+    verdict,
+    write_text,
+)
+
+MAX_PICTURED = 12  # settings whose heatmaps become pictures
+
+
+def write(study: Study) -> Path:
+    """Writes report.html and figures/*.png into the study's folder; gives the page."""
+    folder = study.path / "figures"
+    folder.mkdir(exist_ok=True)
+    for stem, chart in pictures(study).items():
+        plots.save(chart, folder / f"{stem}.png")
+    path = study.path / "report.html"
+    write_text(path, page(study))
+    return path
+
+
+def pictures(study: Study) -> dict[str, Chart]:
+    """The charts that become pictures, by file stem; heatmaps for one run a setting."""
+    made = [make(study) for make in (*COMPARISONS, overview)]
+    found = {chart.name: chart for chart in made if chart}
+    for label in study.labels[:MAX_PICTURED]:
+        runs = study.of(label)
+        run = next((run for run in runs if run.status == DONE), runs[0])
+        for kind, chart in details(run).items():
+            found[f"{kind}-{run.name}"] = chart
+    return found
+
+
+def page(study: Study) -> str:
+    """The page's HTML."""
+    comparisons = [chart for make in COMPARISONS if (chart := make(study))]
+    by_run = {run.name: details(run) for run in study.runs}
+    kinds = {name: chart for found in by_run.values() for name, chart in found.items()}
+    shown = _shown(study, by_run)
+    parts = {
+        "title": escape(study.title),
+        "body": "\n".join(
+            [
+                _head(study),
+                _result(study),
+                *(
+                    _section(chart, _plot(f"figure-{chart.name}"))
+                    for chart in comparisons
+                ),
+                _pickers(by_run, shown),
+                *(
+                    _section(kinds[k], _pair(k, len(shown)))
+                    for k in DETAILS
+                    if k in kinds
+                ),
+            ]
+        ),
+        "plotly": plots.plotly_js(),
+        "data": _json(
+            {
+                "comparisons": {chart.name: _figure(chart) for chart in comparisons},
+                "details": [kind for kind in DETAILS if kind in kinds],
+                "runs": {
+                    name: {kind: _figure(chart) for kind, chart in found.items()}
+                    for name, found in by_run.items()
+                },
+                "shown": shown,
+            }
+        ),
+    }
+    frame = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    before, *rest = frame.split("{{")
+    pieces = [before]
+    for part in rest:
+        name, after = part.split("}}", 1)
+        pieces += [parts[name], after]
+    return "".join(pieces)
+
+
+def details(run: Run) -> dict[str, Chart]:
+    """The charts of one run by their name."""
+    return {name: chart for name, make in DETAILS.items() if (chart := make(run))}
+
+
+def _figure(chart: Chart) -> dict[str, Any]:
+    figure = json.loads(plots.interactive(chart).to_json())
+    figure["layout"].pop("template", None)  # the page has its own, light and dark
+    return figure
+
+
+def _json(value: Any) -> str:
+    """JSON that may stand inside a script element."""
+    return json.dumps(value, separators=(",", ":")).replace("</", "<\\/")
+
+
+def _shown(study: Study, by_run: Mapping[str, Mapping[str, Chart]]) -> list[str]:
+    """The runs first shown: the worst balanced, and the best of those with a bias."""
+    drawn = [run.name for run in study.runs if by_run[run.name]]
+    if len(drawn) < 2:
+        return drawn
+    level = {run.name: summarize(run)["maxvio_global"] or 0.0 for run in study.runs}
+    worst = max(drawn, key=level.__getitem__)
+    rest = [name for name in drawn if name != worst]
+    return [
+        worst,
+        min(rest, key=lambda name: ("bias" not in by_run[name], level[name])),
+    ]
+
+
+def _head(study: Study) -> str:
+    counts: dict[str, int] = {}
+    for run in study.runs:
+        counts[run.status] = counts.get(run.status, 0) + 1
+    state = ", ".join(f"{n} {status}" for status, n in counts.items())
+    about = "".join(
+        f"<p>{escape(p)}</p>" for p in study.about.split("\n\n") if p.strip()
+    )
+    command = (
+        f'<code class="block">{escape(study.command)}</code>' if study.command else ""
+    )
+    return (
+        f"<h1>{escape(study.title)}</h1>{about}"
+        f'<p class="soft">{escape(_setting(study))} · runs: {state}.</p>{command}'
+    )
+
+
+def _setting(study: Study) -> str:
+    """The model and the data in one line, from the first run that has a config."""
+    run = next((r for r in study.runs if r.config), None)
+    if run is None:
+        return "no run has started"
+    get = run.get
+    tokens = get("data.batch", 0) * get("data.length", 0)
+    return (
+        f"{get('model.num_layers')} layers ({get('model.num_dense')} dense), width "
+        f"{get('model.dim')}, {get('model.moe.num_experts')} experts top-"
+        f"{get('model.moe.top_k')} in {get('model.moe.num_groups')} groups keeping "
+        f"{get('model.moe.keep_groups')}, {get('model.moe.num_shared')} shared, MTP "
+        f"depth {get('model.mtp.depth')} · {run.total_steps:,} steps of {tokens:,} tokens"
+    )
+
+
+def _section(chart: Chart, content: str) -> str:
+    return (
+        f"<section><h2>{escape(chart.title)}</h2>"
+        f'<p class="caption">{escape(chart.caption)}</p>{content}</section>'
+    )
+
+
+def _plot(name: str) -> str:
+    return f'<div class="plot" id="{name}"></div>'
+
+
+def _pair(kind: str, sides: int) -> str:
+    plots = "".join(f"<div>{_plot(f'{kind}-{side}')}</div>" for side in range(sides))
+    return f'<div class="pair">{plots}</div>'
+
+
+def _pickers(by_run: Mapping[str, Mapping[str, Chart]], shown: list[str]) -> str:
+    if len(shown) < 2:
+        return ""
+    drawn = [name for name, found in by_run.items() if found]
+    selects = "".join(
+        f'<div><select id="pick-{side}" aria-label="run on the {where}">'
+        + "".join(
+            f"<option{' selected' if name == chosen else ''}>{escape(name)}</option>"
+            for name in drawn
+        )
+        + "</select></div>"
+        for side, (where, chosen) in enumerate(
+            zip(("left", "right"), shown, strict=True)
+        )
+    )
+    return (
+        '<div class="pickers"><h2>Two runs side by side</h2>'
+        f'<div class="pair">{selects}</div></div>'
+    )
+
+
+def _row(cells: Iterable[str], tag: str = "td") -> str:
+    return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    body = "".join(_row(row) for row in rows)
+    return (
+        f'<div class="scroll"><table><thead>{_row(head, "th")}</thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _result(study: Study) -> str:
+    rows, palette = table(study), colours(study)
+    winners = {name: best(rows, name) for name in LOWER_IS_BETTER}
+    lines = [
+        [
+            f'<i class="swatch" style="background:{palette[label]}"></i>'
+            + escape(label),
+            str(row["eval_ce"].n if row["eval_ce"] else 0),
+            *(_cell(name, label, rows, winners.get(name)) for name in HEADINGS),
+        ]
+        for label, row in rows.items()
+    ]
+    return (
+        "<section><h2>Result</h2>"
+        '<p class="caption">Mean ± standard deviation over seeds, from the final '
+        "evaluation on the whole validation set (MaxVio batch: the last 10 % of the "
+        "training steps). Green is the best; ≈ is not told apart from it by these "
+        "seeds. Specialisation: how far the choice of experts depends on the domain, "
+        "from 0 to 1.</p>"
+        f"{_table(['setting', 'seeds', *HEADINGS.values()], lines)}"
+        f'<p class="verdict">{escape(verdict(study))}</p>{_all_runs(study)}</section>'
+    )
+
+
+def _cell(name: str, label: str, rows: Table, winner: str | None) -> str:
+    value = rows[label][name]
+    mean, _, std = text_of(name, value).partition(" ± ")
+    text = f'{mean} <span class="spread">± {std}</span>' if std else mean
+    if value is None or winner is None:
+        return text
+    if label == winner:
+        return f'<span class="best">{text}</span>'
+    near = value.n > 1 and not differ(value, rows[winner][name])
+    return f"≈ {text}" if near else text
+
+
+def _all_runs(study: Study) -> str:
+    names = ("name", "seed", "steps", *MEASURES, "status")
+    lines = []
+    for run in study.runs:
+        row = summarize(run)
+        options = ", ".join(f"{key}={value}" for key, value in run.overrides.items())
+        error = (
+            f'<br><span class="failed">{escape(run.error)}</span>' if run.error else ""
+        )
+        cells = [_plain(row[name]) for name in names]
+        lines.append([*cells, f"<code>{escape(options)}</code>{error}"])
+    opened = " open" if any(run.status == FAILED for run in study.runs) else ""
+    return (
+        f'<details class="runs"{opened}><summary>All runs ({len(study.runs)})</summary>'
+        f"{_table([*names, 'overrides'], lines)}</details>"
+    )
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.4f}"
+    return escape(str(value))

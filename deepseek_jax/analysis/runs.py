@@ -1,0 +1,266 @@
+"""Reads runs and sweeps from their folders into plain data.
+
+A run is a folder with the `config.json` and `metrics.jsonl` of `experiments.train`; a
+sweep is a folder of runs with a `sweep.json` (what was asked for) and a `summary.json`
+(what came of it). All of it may still be growing: a half-written last line, a run that
+has not started and a missing file give less data, not an error.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Record = dict[str, Any]
+
+PENDING, RUNNING, DONE, FAILED = "pending", "running", "done", "failed"
+
+
+def read_records(path: Path) -> list[Record]:
+    """The objects of a .jsonl file; none if it is missing.
+
+    The last line may be half written and is then left out.
+
+    Raises:
+      ValueError: another line is no JSON object.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            if number < len(lines) and line.strip():
+                raise ValueError(f"{path}, line {number}: no JSON object") from None
+    return records
+
+
+def read_json(path: Path, default: Any) -> Any:
+    """A JSON file's value, or `default` if the file is missing or half written."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return default
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: what was asked for and what was measured.
+
+    `train` and `evals` are the two kinds of lines of `metrics.jsonl` in the order of
+    their steps; `config` is the nested dict of `config.json`.
+    """
+
+    name: str
+    path: Path
+    overrides: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    domains: tuple[str, ...] = ()
+    train: list[Record] = field(default_factory=list)
+    evals: list[Record] = field(default_factory=list)
+    status: str = PENDING
+    error: str = ""
+    label: str = ""  # the setting that a figure compares; seeds of it share a label
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A setting by its dotted key: from config.json, else from the overrides."""
+        value: Any = self.config
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                return self.overrides.get(key, default)
+            value = value[part]
+        return value
+
+    @property
+    def strategy(self) -> str | None:
+        return self.get("balance.strategy")
+
+    @property
+    def seed(self) -> int | None:
+        return self.get("seed")
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps recorded so far."""
+        return self.train[-1]["step"] if self.train else None
+
+    @property
+    def total_steps(self) -> int | None:
+        return self.get("train.steps")
+
+    @property
+    def num_moe(self) -> int:
+        """MoE layers of the main model; the routers after them are the MTP modules'."""
+        layers, dense = self.get("model.num_layers"), self.get("model.num_dense")
+        if layers is not None and dense is not None:
+            return int(layers - dense)
+        record = self.evals[-1] if self.evals else {}
+        return len(record.get("eval_load", ())) - len(record.get("eval_mtp_ce", ()))
+
+    @functools.cached_property
+    def final(self) -> Record | None:
+        """The evaluation after the last step, None until it is there."""
+        steps = self.total_steps
+        if not self.evals or steps is None or self.evals[-1]["step"] < steps:
+            return None
+        return self.evals[-1]
+
+    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps [n] and values [n, ...] of a metric, from the lines that have it."""
+        records = self.evals if key.startswith("eval_") else self.train
+        found = [r for r in records if r.get(key) not in (None, [])]
+        steps = np.array([r["step"] for r in found], int)
+        return steps, np.array([r[key] for r in found], float)
+
+    def router_names(self, count: int | None = None) -> list[str]:
+        """Names of the routers by their place in the model: 'layer 3', 'MTP 1'."""
+        first, main = int(self.get("model.num_dense", 0)), self.num_moe
+        names = [f"layer {first + i + 1}" for i in range(main)]
+        mtp = int(self.get("model.mtp.depth", 0)) if count is None else count - main
+        return names + [f"MTP {j + 1}" for j in range(mtp)]
+
+
+def _by_step(records: Iterable[Record]) -> list[Record]:
+    """In the order of steps; a step that was written twice keeps its later line."""
+    return [
+        r for _, r in sorted({r["step"]: r for r in records if "step" in r}.items())
+    ]
+
+
+def read_run(path: Path, **known: Any) -> Run:
+    """Reads one run's folder; `known` sets fields that only its sweep knows.
+
+    Raises:
+      ValueError: a line of metrics.jsonl that is not the last is no JSON object.
+    """
+    saved = read_json(path / "config.json", {})
+    records = read_records(path / "metrics.jsonl")
+    run = Run(
+        path=path,
+        config=saved.get("config", {}),
+        domains=tuple(saved.get("corpus", {}).get("domains", ())),
+        train=_by_step(r for r in records if "loss" in r),
+        evals=_by_step(r for r in records if "eval_ce" in r),
+        **{"name": path.name, **known},
+    )
+    if "status" in known:
+        return run
+    status = DONE if run.final else RUNNING if records else PENDING
+    return replace(run, status=status)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a report is about: the runs of a sweep, or a single run."""
+
+    path: Path
+    title: str
+    runs: list[Run]
+    about: str = ""  # the sweep file's docstring
+    command: str = ""
+    watched: tuple[str, ...] = ()  # the sweep file's metrics()
+
+    @property
+    def labels(self) -> list[str]:
+        """The compared settings in the order of the sweep."""
+        return list(dict.fromkeys(run.label for run in self.runs))
+
+    def of(self, label: str) -> list[Run]:
+        """The runs, one a seed, of one setting."""
+        return [run for run in self.runs if run.label == label]
+
+
+def read(path: Path) -> Study:
+    """Reads a sweep's folder, or the folder of a single run.
+
+    Raises:
+      ValueError: the folder holds neither.
+    """
+    path = Path(path)
+    sweep = read_json(path / "sweep.json", None)
+    if sweep is None:
+        if (
+            not (path / "metrics.jsonl").exists()
+            and not (path / "config.json").exists()
+        ):
+            raise ValueError(
+                f"workdir = {str(path)!r}: holds neither a sweep nor a run"
+            )
+        run = read_run(path, name=path.resolve().name)
+        return Study(path, run.name, with_labels([run]))
+    states = {row["name"]: row for row in read_json(path / "summary.json", [])}
+    found = []
+    for item in sweep["runs"]:
+        name = item["name"]
+        status = states.get(name, {}).get("status", PENDING)
+        error = last_line(path / name / "log.txt") if status == FAILED else ""
+        run = read_run(
+            path / name,
+            name=name,
+            overrides=item["overrides"],
+            status=status,
+            error=error,
+        )
+        config = run.config or item.get("config", {})
+        found.append(replace(run, config=config))
+    return Study(
+        path,
+        sweep["title"],
+        with_labels(found),
+        sweep.get("about", ""),
+        sweep.get("command", ""),
+        tuple(sweep.get("metrics", ())),
+    )
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log that says something; "" if there is none.
+
+    The line of an exception wins over a warning or a progress line that follows it.
+    """
+    try:
+        text = path.read_bytes()[-20_000:].decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+    lines = [part.strip() for part in re.split(r"[\r\n]+", text) if part.strip()]
+    errors = [x for x in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", x)]
+    return (errors or lines or [""])[-1]
+
+
+def with_labels(runs: Sequence[Run]) -> list[Run]:
+    """Gives every run the label of its setting: what it differs in, without the seed.
+
+    That is the strategy alone where each strategy has one setting; else the strategy
+    and the overrides that vary within it, or these alone if there is one strategy.
+    """
+    settings = [
+        {
+            k: v
+            for k, v in run.overrides.items()
+            if k not in ("seed", "balance.strategy")
+        }
+        for run in runs
+    ]
+    labelled = []
+    for run, mine in zip(runs, settings, strict=True):
+        peers = [
+            s for r, s in zip(runs, settings, strict=True) if r.strategy == run.strategy
+        ]
+        varying = [k for k in mine if any(p.get(k) != mine[k] for p in peers)]
+        parts = [f"{k.split('.')[-1]}={_short(mine[k])}" for k in varying]
+        if not parts or len({r.strategy for r in runs}) > 1:
+            parts.insert(0, run.strategy or run.name)
+        labelled.append(replace(run, label=" ".join(parts)))
+    return labelled
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

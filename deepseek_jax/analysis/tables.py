@@ -1,0 +1,128 @@
+"""The numbers of a study: its table over seeds, what they show, its summary files."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from deepseek_jax.analysis.runs import Record, Study
+from deepseek_jax.analysis.seeds import (
+    MEASURES,
+    SUMMARY_FIELDS,
+    Spread,
+    differ,
+    specialisation,
+    spread,
+    summarize,
+)
+
+HEADINGS = {
+    "eval_ce": "validation loss",
+    "maxvio_global": "MaxVio global",
+    "maxvio_batch": "MaxVio batch",
+    "dead_experts": "dead experts",
+    "specialisation": "specialisation",
+    "tokens_per_s": "tokens/s",
+}
+DECIMALS = {"dead_experts": 1, "tokens_per_s": 0}  # of the mean; 3 unless told
+LOWER_IS_BETTER = ("eval_ce", "maxvio_global", "maxvio_batch")
+
+
+Table = dict[str, dict[str, Spread | None]]
+
+
+def table(study: Study) -> Table:
+    """For each setting, every measure's spread over its finished seeds."""
+    rows = {}
+    for label in study.labels:
+        found = [summarize(run) for run in study.of(label)]
+        rows[label] = {name: spread(row[name] for row in found) for name in MEASURES}
+        rows[label]["specialisation"] = spread(
+            specialisation(run.final.get("eval_load_by_domain") or {}, run.num_moe)
+            for run in study.of(label)
+            if run.final
+        )
+    return rows
+
+
+def best(rows: Table, measure: str) -> str | None:
+    """The label with the lowest mean, None if fewer than two have one."""
+    known = {label: row[measure].mean for label, row in rows.items() if row[measure]}
+    return min(known, key=known.__getitem__) if len(known) > 1 else None
+
+
+def verdict(study: Study) -> str:
+    """What may be said of the validation losses, and what may not."""
+    rows = table(study)
+    winner = best(rows, "eval_ce")
+    if winner is None:
+        return "Nothing to compare yet: fewer than two settings have a finished run."
+    first = rows[winner]["eval_ce"]
+    others = {
+        k: row["eval_ce"] for k, row in rows.items() if k != winner and row["eval_ce"]
+    }
+    seeds = sorted({first.n, *(s.n for s in others.values())})
+    text = f"Lowest validation loss: {winner}, {text_of('eval_ce', first)} nats"
+    if seeds == [1]:
+        return (
+            f"{text}. Every setting has one seed: nothing here says how large the "
+            "spread between seeds is, so no difference in loss is a finding."
+        )
+    counts = " to ".join(str(n) for n in sorted({seeds[0], seeds[-1]}))
+    text += f" ({counts} seeds). "
+    worse = [
+        f"{k} (+{s.mean - first.mean:.3f})"
+        for k, s in others.items()
+        if differ(first, s)
+    ]
+    same = [k for k, s in others.items() if not differ(first, s)]
+    if worse:
+        text += f"Worse beyond the spread of seeds: {', '.join(worse)}. "
+    if same:
+        text += f"Not told apart from it: {', '.join(same)}. "
+    return text + (
+        "Differences below the spread of seeds are not findings (Welch's test at 5 %, "
+        "not corrected for the number of comparisons)."
+    )
+
+
+def text_table(study: Study) -> str:
+    """The table for a terminal: mean ± std over seeds of each setting."""
+    lines = [["setting", "n", *HEADINGS.values()]]
+    for label, row in table(study).items():
+        n = row["eval_ce"].n if row["eval_ce"] else 0
+        lines.append([label, str(n), *(text_of(name, row[name]) for name in HEADINGS)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in lines
+    )
+
+
+def text_of(name: str, value: Spread | None) -> str:
+    """A measure's mean ± std; speed without the latter, which other processes make."""
+    if value is None:
+        return "–"
+    decimals = DECIMALS.get(name, 3)
+    text = f"{value.mean:,.{decimals}f}"
+    known = value.std is not None and name != "tokens_per_s"
+    return f"{text} ± {value.std:.{decimals}f}" if known else text
+
+
+def write_summaries(path: Path, rows: Sequence[Record]) -> None:
+    """Writes summary.json and summary.csv, each at once."""
+    write_text(path / "summary.json", json.dumps(list(rows), indent=1) + "\n")
+    sheet = io.StringIO()
+    writer = csv.DictWriter(sheet, SUMMARY_FIELDS)
+    writer.writeheader()
+    for row in rows:
+        writer.writerow(row | {"overrides": json.dumps(row["overrides"])})
+    write_text(path / "summary.csv", sheet.getvalue())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes under a temporary name first, so that a reader sees all or nothing."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

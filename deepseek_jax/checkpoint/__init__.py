@@ -1,0 +1,1 @@
+"""Checkpoints and what stands in a run's `config.json`."""

@@ -1,0 +1,88 @@
+"""A run's checkpoints on disk: where they lie, and whether they are still whole.
+
+DIR/checkpoints/<step>/ has the items `state` (arrays, Orbax's format), `data` (the
+position of the data iterator, JSON) and `config` (what `metadata.describe` gives,
+JSON), beside `digests.json`: size and CRC-32 of every file of theirs. Ours: without it
+Orbax 0.12 restores a flipped byte without a word.
+"""
+
+import json
+import zlib
+from pathlib import Path
+
+FOLDER = "checkpoints"
+ITEMS = ("state", "data", "config")
+DIGESTS = "digests.json"
+
+
+def steps(root: Path) -> list[int]:
+    """Steps with a checkpoint under `root`, whole or damaged, in order."""
+    if not root.is_dir():
+        return []
+    return sorted(
+        int(p.name) for p in root.iterdir() if p.name.isdigit() and p.is_dir()
+    )
+
+
+def resolve(path: str | Path) -> tuple[Path, int | None]:
+    """(checkpoints folder, step or None) of a workdir, its checkpoints/, or one step.
+
+    Raises:
+      ValueError: `path` is none of the three, or holds no checkpoint.
+    """
+    path = Path(path).absolute()
+    if path.name.isdigit() and (path / ITEMS[0]).is_dir():
+        return path.parent, int(path.name)
+    for root in (path / FOLDER, path):
+        if steps(root):
+            return root, None
+    there = steps(path.parent) if path.name.isdigit() else []
+    why = "is not there" if not path.exists() else "holds no checkpoint"
+    hint = f"; {path.parent} has the steps {there}" if there else ""
+    raise ValueError(
+        f"{path} {why}{hint}: give a workdir, its {FOLDER}/, or one step such as "
+        f"{FOLDER}/100"
+    )
+
+
+def write_digests(step_dir: Path) -> None:
+    """Records size and CRC-32 of every file of a step's items."""
+    digests = {}
+    for item in ITEMS:
+        for file in sorted((step_dir / item).rglob("*")):
+            if file.is_file():
+                digests[str(file.relative_to(step_dir))] = _digest(file)
+    (step_dir / DIGESTS).write_text(json.dumps(digests), "utf-8")
+
+
+def find_damage(step_dir: Path) -> str | None:
+    """What is wrong with a step's files, None if they are as they were written."""
+    try:
+        digests = json.loads((step_dir / DIGESTS).read_text("utf-8"))
+        for name, (size, crc) in digests.items():
+            file = step_dir / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes instead of {size}"
+            if _digest(file)[1] != crc:
+                return f"{name} has changed since it was written"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{DIGESTS} cannot be read ({error})"
+    return None
+
+
+def _digest(file: Path) -> tuple[int, int]:
+    size = crc = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return size, crc
+
+
+def newest_good(root: Path) -> int | None:
+    """The newest step whose files are as they were written."""
+    good = (
+        step for step in reversed(steps(root)) if find_damage(root / str(step)) is None
+    )
+    return next(good, None)

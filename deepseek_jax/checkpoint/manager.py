@@ -1,0 +1,290 @@
+"""Checkpoints with Orbax: written in the background, newest and best kept.
+
+What lies where on the disk, and how damage is found, stands in `folders`. A save ends
+with the digests of its files and then one rename, so a checkpoint is whole or not
+there. The report (arXiv:2412.19437) says nothing about checkpoints.
+"""
+
+import errno
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+
+from deepseek_jax.checkpoint.folders import (
+    ITEMS,
+    find_damage,
+    newest_good,
+    steps,
+    write_digests,
+)
+
+DAMAGED = ".damaged"  # appended to the name of a step that could not be restored
+SKIP = ocp.PLACEHOLDER  # stands for a leaf that `restore` is to leave out
+
+Say = Callable[[str], None]
+
+# Orbax also logs, with stack traces, the failures that it raises and we report.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+class DiskFull(OSError):
+    """There is no room for a checkpoint; the message says what to do."""
+
+
+class Restored(NamedTuple):
+    """A checkpoint's content; `damaged` are newer steps that had to be passed over."""
+
+    step: int
+    state: Any
+    data: Any
+    config: dict[str, Any]
+    damaged: tuple[int, ...] = ()
+
+
+def to_stderr(text: str) -> None:
+    """The default way to tell the user something."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def read_config(root: Path, step: int | None = None) -> dict[str, Any]:
+    """The `config` item of a step, by default the newest good one's.
+
+    Raises:
+      ValueError: there is none.
+    """
+    step = newest_good(root) if step is None else step
+    if step is None:
+        raise ValueError(f"{root} holds no whole checkpoint")
+    with _checkpointer() as reader:
+        args = ocp.args.Composite(config=ocp.args.JsonRestore())
+        return reader.restore(root / str(step), args=args)["config"]
+
+
+def restore(
+    root: Path,
+    like: Any,
+    *,
+    step: int | None = None,
+    accept: Callable[[dict[str, Any]], None] = lambda config: None,
+    say: Say = to_stderr,
+) -> Restored | None:
+    """Restores the newest good checkpoint, or `step`, bit for bit.
+
+    Args:
+      root: the checkpoints folder.
+      like: the state's pytree of arrays or `jax.ShapeDtypeStruct`s, with `SKIP` for
+        leaves to leave out; its shardings are those of the result.
+      step: only this one. accept: called with the checkpoint's config before anything
+      is read; raises to refuse. say: told about every damaged checkpoint that is passed
+      over.
+
+    Returns:
+      None where there is no checkpoint at all.
+
+    Raises:
+      ValueError: there are checkpoints, but none is good; or what `accept` raises.
+    """
+    candidates = list(reversed(steps(root))) if step is None else [step]
+    damage: dict[int, str] = {}
+    for candidate in candidates:
+        found = find_damage(root / str(candidate))
+        if found is None:
+            accept(read_config(root, candidate))
+            try:
+                return _read(root, candidate, like, tuple(damage))
+            except Exception as error:
+                first = (str(error).splitlines() or [""])[0]
+                found = f"{type(error).__name__}: {first}"[:300]
+        damage[candidate] = found
+        say(f"checkpoint {root / str(candidate)} is damaged: {found}")
+    if damage:
+        raise ValueError(
+            f"no checkpoint in {root} can be restored: "
+            + "; ".join(f"step {s}: {why}" for s, why in damage.items())
+            + ". Remove the folder to start again"
+        )
+    return None
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+
+
+def _read(root: Path, step: int, like: Any, damaged: tuple[int, ...]) -> Restored:
+    def target(leaf: Any) -> Any:
+        if leaf is SKIP:
+            return SKIP
+        sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(
+            jax.devices()[0]
+        )
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    targets = jax.tree.map(target, like)
+    arguments = ocp.checkpoint_utils.construct_restore_args(targets)
+    with _checkpointer() as reader:
+        items = reader.restore(
+            root / str(step),
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(targets, restore_args=arguments),
+                data=ocp.args.JsonRestore(),
+                config=ocp.args.JsonRestore(),
+            ),
+        )
+    return Restored(step, items["state"], items["data"], items["config"], damaged)
+
+
+class Checkpoints:
+    """The checkpoints of a running training; one writer a folder.
+
+    Keeps the newest `keep_last` and, of those saved with an evaluation, the `keep_best`
+    with the lowest `eval_ce`. A context manager: leaving it waits for the last save.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        say: Say = to_stderr,
+    ):
+        self.root, self.kept, self.say = root.absolute(), keep_last + keep_best, say
+        self.saving: int | None = None
+        policies = ocp.checkpoint_managers
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics["eval_ce"],
+            reverse=True,
+            n=keep_best,
+            keep_checkpoints_without_metrics=False,
+        )
+        keep = policies.AnyPreservationPolicy([policies.LatestN(keep_last), best])
+        self.manager = ocp.CheckpointManager(
+            self.root,
+            item_names=ITEMS,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=keep,
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            ),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        try:
+            self.wait()
+        finally:
+            self.manager.close()
+
+    def check_space(self, state: Any) -> None:
+        """Refuses to start where the checkpoints to come do not fit on the disk.
+
+        Raises:
+          DiskFull: names the need, the room and the folder.
+        """
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        count = self.kept + 1  # one more while it is being written
+        there = sum(f.stat().st_size for f in self.root.rglob("*") if f.is_file())
+        free = shutil.disk_usage(self.root).free
+        if size * count > free + there:
+            raise DiskFull(
+                f"{count} checkpoints of {size / 1e6:.0f} MB need "
+                f"{(size * count - there) / 1e6:.0f} MB; {free / 1e6:.0f} MB are free "
+                f"at {self.root}. Free space, keep fewer (train.keep_last, "
+                "train.keep_best), or choose another --workdir"
+            )
+
+    def restore(
+        self, like: Any, accept: Callable[[dict[str, Any]], None]
+    ) -> Restored | None:
+        """As the function `restore`; renames the damaged steps out of the way."""
+        restored = restore(self.root, like, accept=accept, say=self.say)
+        for step in restored.damaged if restored else ():
+            folder = self.root / str(step)
+            shutil.rmtree(f"{folder}{DAMAGED}", ignore_errors=True)
+            folder.rename(f"{folder}{DAMAGED}")
+        self.manager.reload()
+        return restored
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data: Any,
+        config: dict[str, Any],
+        eval_ce: float | None = None,
+    ) -> None:
+        """Copies `state` and writes it in the background; waits for the save before.
+
+        Raises:
+          DiskFull: this save or the one before met a full disk.
+        """
+        self.wait()
+        self.saving = step
+        with self._told():
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(state),
+                    data=ocp.args.JsonSave(data),
+                    config=ocp.args.JsonSave(config),
+                ),
+                metrics=None if eval_ce is None else {"eval_ce": eval_ce},
+                force=True,
+            )
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more.
+
+        Raises:
+          DiskFull: the save under way met a full disk.
+        """
+        with self._told():
+            self.manager.wait_until_finished()
+        self.saving = None
+
+    def _seal(self) -> None:
+        """Orbax calls it with all items on disk, under the folder's temporary name."""
+        [folder] = self.root.glob(f"{self.saving}.orbax-checkpoint-tmp*")
+        write_digests(folder)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            for rest in self.root.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(rest, ignore_errors=True)
+            good = newest_good(self.root)
+            last = (
+                "there is none before it"
+                if good is None
+                else f"step {good} is the last"
+            )
+            raise DiskFull(
+                f"the disk is full: the checkpoint of step {self.saving} could not be "
+                f"written to {self.root}; {last}. Free space or choose another "
+                "--workdir, then run the same command again"
+            ) from error
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an exception or one that caused it says that the disk is full."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error) or "ENOSPC" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,1 @@
+"""Text to rows of tokens: corpora, their held-out split, packing, resumable batches."""

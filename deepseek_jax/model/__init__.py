@@ -1,0 +1,1 @@
+"""Linen shells: they declare parameters and call the pure functions of `ops`."""

@@ -1,0 +1,1 @@
+"""The mathematics of the model: arrays in, arrays out, no parameters and no devices."""

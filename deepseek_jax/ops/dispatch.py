@@ -1,0 +1,168 @@
+"""How tokens reach their experts and come back: DeepSeekMoE's sum_k w_k FFN_k(x).
+
+Equation 12 of arXiv:2412.19437 for the routed experts. `experts_dense` runs every expert
+on every token and is the oracle; `experts_blocks` sorts the T*K routed slots by expert
+into blocks of rows padded to a whole number of blocks (MegaBlocks, arXiv:2211.15841), so
+that no token is ever dropped. The routing weight multiplies the activation before the
+down projection, which is the same sum and saves keeping the expert outputs.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.typing import Array, at_least_f32
+
+GroupedDot = Callable[[Array, Array, Array, Array], Array]
+
+
+class Layout(NamedTuple):
+    """Where each routed slot's row lies. n blocks of b rows; M = T*K slots."""
+
+    expert_n: Array  # [n] the expert whose weights block i needs
+    used: Array  # scalar, leading blocks that hold rows
+    slot_nb: Array  # [n, b] the slot m = t*K + k in each row, M where it is padding
+    row_TK: Array  # [T, K] the row (0 .. n*b - 1) of each slot
+
+
+def layout(experts_TK: Array, num_experts: int, block: int) -> Layout:
+    """Sorts slots by expert, stably, and pads each expert's rows to whole blocks.
+
+    There are enough blocks, ceil(M / block) + num_experts, for any routing whatever.
+    """
+    slots = experts_TK.size
+    expert_M = experts_TK.reshape(-1)
+    num_blocks = -(-slots // block) + min(num_experts, slots)
+    num_blocks += -num_blocks % 4
+    sorted_M = jnp.argsort(expert_M, stable=True)
+    count_E = jnp.bincount(expert_M, length=num_experts)
+    blocks_E = -(-count_E // block)
+    end_E = jnp.cumsum(blocks_E)
+    expert_n = jnp.searchsorted(end_E, jnp.arange(num_blocks), side="right")
+    expert_n = jnp.minimum(expert_n, num_experts - 1).astype(jnp.int32)
+
+    # Rows before expert e: `padded_E` in the blocks, `sorted_E` among the sorted slots.
+    padded_E = (end_E - blocks_E) * block
+    sorted_E = jnp.cumsum(count_E) - count_E
+    row_nb = jnp.arange(num_blocks * block).reshape(num_blocks, block)
+    rank_nb = row_nb - padded_E[expert_n][:, None]
+    position_nb = jnp.minimum(sorted_E[expert_n][:, None] + rank_nb, slots - 1)
+    filled_nb = rank_nb < count_E[expert_n][:, None]
+    slot_nb = jnp.where(filled_nb, sorted_M[position_nb], slots)
+
+    rank_M = (
+        jnp.zeros(slots, jnp.int32)
+        .at[sorted_M]
+        .set(jnp.arange(slots, dtype=jnp.int32), unique_indices=True)
+    )
+    row_M = padded_E[expert_M] + rank_M - sorted_E[expert_M]
+    return Layout(expert_n, end_E[-1], slot_nb, row_M.reshape(experts_TK.shape))
+
+
+@jax.custom_vjp
+def take_rows(x_TD: Array, placed: Layout) -> Array:
+    """Copies each slot's token to its row: [n, b, D], zero in padding."""
+    top_k = placed.row_TK.shape[1]
+    token_nb = placed.slot_nb // top_k  # padding's slot M gives T, out of range
+    return jnp.take(x_TD, token_nb, axis=0, mode="fill", fill_value=0)
+
+
+def _take_forward(x_TD: Array, placed: Layout) -> tuple[Array, Layout]:
+    return take_rows(x_TD, placed), placed
+
+
+def _take_backward(placed: Layout, g_nbD: Array) -> tuple[Array, None]:
+    return sum_rows(g_nbD, placed), None
+
+
+take_rows.defvjp(_take_forward, _take_backward)
+
+
+@jax.custom_vjp
+def sum_rows(y_nbD: Array, placed: Layout) -> Array:
+    """Adds each token's K rows: [T, D]. The transpose of `take_rows`, as a gather too."""
+    return jnp.take(y_nbD.reshape(-1, y_nbD.shape[-1]), placed.row_TK, axis=0).sum(1)
+
+
+def _sum_forward(y_nbD: Array, placed: Layout) -> tuple[Array, Layout]:
+    return sum_rows(y_nbD, placed), placed
+
+
+def _sum_backward(placed: Layout, g_TD: Array) -> tuple[Array, None]:
+    return take_rows(g_TD, placed), None
+
+
+sum_rows.defvjp(_sum_forward, _sum_backward)
+
+
+def experts_blocks(
+    x_TD: Array,
+    weights_TK: Array,
+    experts_TK: Array,
+    gate_EDF: Array,
+    up_EDF: Array,
+    down_EFD: Array,
+    *,
+    grouped_dot: GroupedDot,
+    block: int = 128,
+) -> Array:
+    """sum_k weights_TK[:, k] * SwiGLU of expert experts_TK[:, k]: [T, D], dropless.
+
+    Args:
+      experts_TK: int, distinct within a token.
+      grouped_dot: the Runtime's; called for gate and up at once, then for down.
+      block: rows a block; larger ones waste more padding and loop less often.
+    """
+    placed = layout(experts_TK, len(gate_EDF), block)
+    x_nbD = take_rows(x_TD, placed)
+    gate_up_EDF = jnp.concatenate([gate_EDF, up_EDF], -1)
+    gate_up = grouped_dot(x_nbD, gate_up_EDF, placed.expert_n, placed.used)
+    gate_nbF, up_nbF = jnp.split(at_least_f32(gate_up), 2, -1)
+    weight_nb = _row_weights(weights_TK, placed)
+    hidden_nbF = jax.nn.silu(gate_nbF) * up_nbF * weight_nb[..., None]
+    y_nbD = grouped_dot(hidden_nbF, down_EFD, placed.expert_n, placed.used)
+    return sum_rows(y_nbD, placed)
+
+
+@jax.custom_vjp
+def _row_weights(weights_TK: Array, placed: Layout) -> Array:
+    """The routing weight of each row, zero in padding: [n, b]."""
+    flat_M = weights_TK.reshape(-1)
+    return jnp.take(flat_M, placed.slot_nb, mode="fill", fill_value=0)
+
+
+def _weights_forward(weights_TK: Array, placed: Layout) -> tuple[Array, Layout]:
+    return _row_weights(weights_TK, placed), placed
+
+
+def _weights_backward(placed: Layout, g_nb: Array) -> tuple[Array, None]:
+    return g_nb.reshape(-1)[placed.row_TK], None
+
+
+_row_weights.defvjp(_weights_forward, _weights_backward)
+
+
+def experts_dense(
+    x_TD: Array,
+    weights_TK: Array,
+    experts_TK: Array,
+    gate_EDF: Array,
+    up_EDF: Array,
+    down_EFD: Array,
+    *,
+    grouped_dot: GroupedDot,
+) -> Array:
+    """The oracle: every expert on every token, as E blocks of T rows. Same signature."""
+    num_experts = len(gate_EDF)
+    everyone_n = jnp.arange(num_experts, dtype=jnp.int32)
+    used = jnp.asarray(num_experts)
+    x_ETD = jnp.broadcast_to(x_TD, (num_experts, *x_TD.shape))
+    gate_ETF = at_least_f32(grouped_dot(x_ETD, gate_EDF, everyone_n, used))
+    up_ETF = at_least_f32(grouped_dot(x_ETD, up_EDF, everyone_n, used))
+    hidden_ETF = jax.nn.silu(gate_ETF) * up_ETF
+    y_ETD = grouped_dot(hidden_ETF, down_EFD, everyone_n, used)
+    hit_TKE = experts_TK[..., None] == everyone_n
+    weight_TE = jnp.where(hit_TKE, weights_TK[..., None], 0).sum(1)
+    return jnp.einsum("TE,ETD->TD", weight_TE, y_ETD)

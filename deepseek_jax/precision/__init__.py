@@ -1,0 +1,1 @@
+"""What numbers are rounded to before they are multiplied, and how sums are kept."""

@@ -1,0 +1,134 @@
+"""Evaluation over the whole validation set: losses and routing, by layer and by domain.
+
+Loads are integer counts of valid tokens summed over the set, so MaxVio_global is the one of
+arXiv:2408.15664 (the load of the whole set, then the violation).
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.data.batch import Batch
+from deepseek_jax.eval import routing
+from deepseek_jax.ops.losses import token_nll
+from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.train.objective import forward, router_masks, target_masks, totals
+from deepseek_jax.train.state import Parts, TrainState
+from deepseek_jax.typing import Array, Params
+
+
+class Sums(NamedTuple):
+    """What one batch adds to an evaluation; all but `experts` are sums."""
+
+    nll: Array  # [1+J, domains]
+    targets: Array  # [1+J, domains]
+    load: Array  # [R, domains, E]
+
+
+def make_evaluate_batch(
+    parts: Parts, domains: int
+) -> Callable[[Params, Any, Batch], tuple[Sums, Array]]:
+    """The jitted evaluation of one batch: its sums, and the selection [R, B, L, K]."""
+    config = parts.config
+    length, experts = config.data.length, config.model.moe.num_experts
+
+    def evaluate_batch(params: Params, balance: Any, batch: Batch) -> tuple[Sums, Array]:
+        out = forward(parts, params, balance, batch, totals(parts, batch))
+        rows = batch.tokens.shape[0]
+        nll, targets = [], []
+        for k, h_BLD in enumerate((out.hidden_BLD, *out.mtp_JBLD)):
+            span = slice(k + 1, k + 1 + length)
+            nll_T = token_nll(
+                h_BLD.reshape(-1, h_BLD.shape[-1]),
+                params["head"],
+                batch.tokens[:, span].reshape(-1),
+                dot=parts.model.rt.dot,
+            )
+            mask_T = target_masks(parts, batch)[k].reshape(-1)
+            of_T = jax.nn.one_hot(batch.domain[:, span].reshape(-1), domains) * mask_T[:, None]
+            nll.append(nll_T @ of_T)
+            targets.append(of_T.sum(0))
+        chosen_RTK = out.aux.experts
+        valid_RT = router_masks(parts, batch).reshape(chosen_RTK.shape[:2])
+        domain_RT = jnp.where(valid_RT, batch.domain[:, :length].reshape(-1), domains)
+        slot_RTK = domain_RT[..., None] * experts + chosen_RTK
+        load = jax.vmap(lambda slot: jnp.bincount(slot, length=domains * experts))(
+            slot_RTK.reshape(chosen_RTK.shape[0], -1)
+        )
+        sums = Sums(
+            jnp.stack(nll), jnp.stack(targets), load.reshape(-1, domains, experts)
+        )
+        return sums, chosen_RTK.reshape(-1, rows, length, chosen_RTK.shape[-1])
+
+    whole, rows = meshes.replicated(parts.mesh), meshes.by_rows(parts.mesh)
+    return jax.jit(
+        evaluate_batch, in_shardings=(whole, whole, rows), out_shardings=(whole, whole)
+    )
+
+
+class Evaluation(NamedTuple):
+    """Metrics by their `eval_` names, and the probe: selection on the first batch."""
+
+    metrics: dict[str, Any]
+    probe: np.ndarray  # [R, T, K] of the first batch's valid positions
+
+
+def evaluate(
+    evaluate_batch: Callable[..., tuple[Sums, Array]],
+    parts: Parts,
+    state: TrainState,
+    batches: Iterable[Batch],
+    domains: tuple[str, ...],
+    previous: np.ndarray | None = None,
+) -> Evaluation:
+    """Runs over `batches`; `previous` is the last evaluation's probe, for routing flips.
+
+    Raises:
+      ValueError: there is no validation batch.
+    """
+    totals_, probe = None, None
+    for batch in batches:
+        sums, chosen = evaluate_batch(state.params, state.balance, batch)
+        sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+        if totals_ is None:
+            valid_BL = np.asarray(batch.segment[:, : parts.config.data.length]) > 0
+            probe = np.asarray(chosen)[:, valid_BL].astype(np.int16)
+            totals_ = sums
+        else:
+            totals_ = jax.tree.map(np.add, totals_, sums)
+    if totals_ is None or probe is None:
+        raise ValueError("the validation set is empty: raise data.val_fraction")
+    metrics = summarise(totals_, parts.config.model.num_moe, domains)
+    flips = None
+    if previous is not None and previous.shape == probe.shape:
+        flips = routing.flips(previous, probe).tolist()
+    metrics["eval_routing_flips"] = flips
+    return Evaluation(metrics, probe)
+
+
+def summarise(sums: Sums, main: int, domains: tuple[str, ...]) -> dict[str, Any]:
+    """The `eval_` metrics of summed batches; `main` routers belong to the main model."""
+    seen = [d for d in range(len(domains)) if sums.targets[0, d] > 0]
+    ce_J = sums.nll.sum(1) / np.maximum(sums.targets.sum(1), 1)
+    load_RE = sums.load.sum(1)
+    maxvio_R = routing.maxvio(load_RE)
+    return {
+        "eval_ce": float(ce_J[0]),
+        "eval_mtp_ce": ce_J[1:].tolist(),
+        "eval_maxvio_global": float(maxvio_R[:main].mean()),
+        "eval_maxvio_layers": maxvio_R.tolist(),
+        "eval_cv": routing.variation(load_RE).tolist(),
+        "eval_entropy": routing.entropy(load_RE).tolist(),
+        "eval_dead_experts": routing.dead_experts(load_RE).tolist(),
+        "eval_load": load_RE.astype(int).tolist(),
+        "eval_ce_by_domain": {
+            domains[d]: float(sums.nll[0, d] / sums.targets[0, d]) for d in seen
+        },
+        "eval_load_by_domain": {
+            domains[d]: sums.load[:, d].astype(int).tolist() for d in seen
+        },
+        "eval_tokens": int(sums.targets[0].sum()),
+    }

@@ -1,0 +1,94 @@
+"""The training loop: steps, evaluations and checkpoints, and going on after a stop.
+
+Step k is dispatched before the metrics of step k-1 are fetched. A checkpoint of step k
+holds everything that step k+1 depends on, and is only written when all records up to k
+are in `metrics.jsonl`; after a restart later records are cut away. So a run that was
+killed and started again ends with the same losses and parameters, bit for bit. Ours.
+"""
+
+from pathlib import Path
+
+from deepseek_jax.checkpoint.folders import FOLDER
+from deepseek_jax.checkpoint.manager import Checkpoints
+from deepseek_jax.config import Config
+from deepseek_jax.train import hooks, start, writers
+from deepseek_jax.train.metrics import Recorder
+from deepseek_jax.train.start import Callback, Run
+from deepseek_jax.train.state import TrainState
+from deepseek_jax.train.step import make_step
+
+
+def run(
+    config: Config, workdir: str | Path, callback: Callback | None = None
+) -> list[writers.Record]:
+    """Trains `config` in `workdir`, or goes on with the run that is there.
+
+    Args:
+      config: the run; `optim.horizon` = 0 becomes `train.steps` at the first start.
+      workdir: gets config.json, metrics.jsonl, tokenizer/, checkpoints/, tensorboard/.
+      callback: called with every new record.
+
+    Returns:
+      All records of `metrics.jsonl`, those of earlier starts too.
+
+    Raises:
+      ValueError: a setting, the data or the folder is wrong, or the folder holds
+        another run.
+      FloatingPointError: a loss, gradient or parameter is not finite.
+      checkpoint.manager.DiskFull: there is no room for a checkpoint.
+      hooks.Interrupted: a signal came; everything up to then is saved.
+    """
+    workdir = Path(workdir).absolute()
+    progress = hooks.Progress(config.train.steps)
+    config = start.continuing(config, workdir, progress.say)
+    if start.is_finished(config, workdir):
+        progress.say(f"nothing to do: {workdir} has all {config.train.steps} steps")
+        return writers.read(workdir / writers.METRICS)
+    keep = {"keep_last": config.train.keep_last, "keep_best": config.train.keep_best}
+    with (
+        hooks.exclusive(workdir),
+        Checkpoints(workdir / FOLDER, **keep, say=progress.say) as checkpoints,
+    ):
+        opened = start.open_run(config, workdir)
+        state, step = start.restore(opened, checkpoints, progress.say)
+        recorder = start.record_after(opened, workdir, step, progress, callback)
+        with recorder, hooks.Interrupt(progress.say) as interrupt:
+            train(opened, state, step, checkpoints, recorder, interrupt)
+    return writers.read(workdir / writers.METRICS)
+
+
+def train(
+    opened: Run,
+    state: TrainState,
+    done: int,
+    checkpoints: Checkpoints,
+    recorder: Recorder,
+    interrupt: hooks.Interrupt,
+) -> TrainState:
+    """Steps done+1 .. train.steps; the last one is evaluated and saved."""
+    config = opened.parts.config.train
+    step_state = make_step(opened.parts)
+    for step in range(done + 1, config.steps + 1):
+        state, metrics = step_state(state, next(opened.rows))
+        recorder.take(step, metrics)
+        last, stopping = step == config.steps, interrupt.received is not None
+        evaluating = last or step % config.eval_every == 0
+        saving = last or stopping or step % config.checkpoint_every == 0
+        if not (evaluating or saving):
+            continue
+        recorder.flush()
+        eval_ce = None
+        if evaluating:
+            record = opened.evaluate(state, step)
+            recorder.evaluated(step, record)
+            eval_ce = record["eval_ce"]
+        if saving:
+            hooks.check_params(step, state.params)
+            position = opened.rows.get_state()
+            checkpoints.save(step, state, position, opened.description, eval_ce)
+        recorder.restart_clock()
+        if stopping and not last:
+            raise hooks.Interrupted(f"stopped after step {step}, which is saved")
+    if done >= config.steps:  # fewer steps are asked for than were done
+        recorder.evaluated(done, opened.evaluate(state, done))
+    return state

@@ -1,0 +1,106 @@
+"""One optimizer step: gradients, AdamW, then one update of the balancer.
+
+Loads and statistics are summed over every micro-batch and device and only then turned into
+one update (arXiv:2412.19437, section 2.1.2), which makes it independent of both.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from deepseek_jax.data.batch import Batch
+from deepseek_jax.model.moe import Aux
+from deepseek_jax.model.transformer import Totals
+from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.schedule import piecewise
+from deepseek_jax.train.objective import Losses, forward, objective, totals
+from deepseek_jax.train.state import Parts, TrainState
+from deepseek_jax.typing import Array, Params
+
+Metrics = dict[str, Array]
+
+
+def micro_batches(batch: Batch, parts: int) -> Batch:
+    """[B, ...] -> [parts, B/parts, ...]; strided, so that a device keeps its own rows."""
+    return jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+
+
+def _summed(aux: Aux) -> tuple[Array, Any]:
+    """The additive part of a report: loads and statistics."""
+    return aux.load, aux.stats
+
+
+def first_pass(parts: Parts, state: TrainState, batches: Batch, counts: Totals) -> Array:
+    """Counts [R, E] over all micro-batches, for a penalty that needs the whole batch's."""
+
+    def one(_: None, batch: Batch) -> tuple[None, Array]:
+        aux = forward(parts, state.params, state.balance, batch, counts).aux
+        return None, jax.vmap(parts.balancer.count)(aux.stats)
+
+    return jax.lax.scan(one, None, batches)[1].sum(0)
+
+
+def accumulate(
+    parts: Parts, state: TrainState, batches: Batch, counts: Totals, mtp_weight: Array
+) -> tuple[Params, Losses, tuple[Array, Any]]:
+    """Gradients, losses, loads and statistics summed over the leading micro-batch axis."""
+    grad = jax.value_and_grad(objective, argnums=1, has_aux=True)
+
+    def one(batch: Batch) -> tuple[Params, Losses, tuple[Array, Any]]:
+        (_, (losses, aux)), grads = grad(
+            parts, state.params, state.balance, batch, counts, mtp_weight
+        )
+        return grads, losses, _summed(aux)
+
+    if parts.config.train.accumulation == 1:
+        return one(jax.tree.map(lambda x: x[0], batches))
+    first = jax.tree.map(lambda x: x[0], batches)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, first))
+    add = lambda total, batch: (jax.tree.map(jnp.add, total, one(batch)), None)  # noqa: E731
+    return jax.lax.scan(add, zeros, batches)[0]
+
+
+def make_step(parts: Parts) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted step; it donates the state. Metrics stay on the device."""
+    config = parts.config
+    mtp_weight = piecewise(config.optim.mtp_weight, config.optim.mtp_weight_changes)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        counts = totals(parts, batch)
+        batches = micro_batches(batch, config.train.accumulation)
+        if parts.balancer.needs_counts and config.train.accumulation > 1:
+            counts = counts._replace(load=first_pass(parts, state, batches, counts))
+        grads, losses, (load_RE, stats) = accumulate(
+            parts, state, batches, counts, mtp_weight(state.step)
+        )
+        updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.params)
+        balance = jax.vmap(parts.balancer.update, (0, 0, None))(
+            state.balance, stats, state.step
+        )
+        metrics = {
+            **losses._asdict(),
+            "grad_norm": optax.global_norm(grads),
+            "lr": parts.learning_rate(state.step),
+            "speed": parts.balancer.speed(state.step),
+            "load": load_RE,
+        }
+        if parts.balancer.bias is not None:
+            metrics["bias"] = jax.vmap(parts.balancer.bias)(balance)
+        new = TrainState(
+            state.step + 1,
+            optax.apply_updates(state.params, updates),
+            opt_state,
+            balance,
+            state.key,
+        )
+        return new, metrics
+
+    whole, rows = meshes.replicated(parts.mesh), meshes.by_rows(parts.mesh)
+    return jax.jit(
+        step, in_shardings=(whole, rows), out_shardings=(whole, whole), donate_argnums=0
+    )

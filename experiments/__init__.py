@@ -1,0 +1,1 @@
+"""Commands and the configurations they run; nothing in the library imports this."""

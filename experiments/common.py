@@ -1,0 +1,134 @@
+"""What every command shares: configs on the command line, and how errors end it.
+
+The only place where ConfigDicts become dataclasses. A config file has
+`get_config(arg)`; every field is overridable as --config.group.field=value, and an
+unknown one is refused with the nearest known name, wherever it was written.
+"""
+
+import difflib
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from deepseek_jax.checkpoint.metadata import flatten
+from deepseek_jax.config import Config, from_dict, to_dict
+
+BAD_INPUT, STOPPED, INTERRUPTED = 2, 1, 130  # exit codes
+
+CONFIG_HELP = """\
+FILE.py, or FILE.py:ARG for a switch of that file such as :smoke. \
+--config.GROUP.FIELD=VALUE overrides a field, for example --config.train.steps=50, \
+--config.balance.strategy=none, --config.model.moe.top_k=4, or, as pairs of step and \
+value, --config.optim.mtp_weight_changes='((200, 0.1),)'. deepseek_jax/config.py lists \
+every field with its meaning and default."""
+
+flags.DEFINE_bool("traceback", False, "Show where an error came from.")
+
+
+def to_config_dict(config: Config) -> ConfigDict:
+    """A locked ConfigDict with every field; `from_config_dict` inverts it."""
+    return ConfigDict(to_dict(config)).lock()
+
+
+def from_config_dict(values: Mapping[str, Any]) -> Config:
+    """The checked dataclasses of a ConfigDict or a nested mapping.
+
+    Raises:
+      ValueError: an unknown field (the nearest is named) or an impossible value.
+    """
+    values = values.to_dict() if isinstance(values, ConfigDict) else values
+    for name in flatten(values):
+        check_field(name)
+    return from_dict(Config, values)
+
+
+def check_field(name: str) -> None:
+    """Refuses a dotted name that is no field of a `Config`, naming the nearest.
+
+    Raises:
+      ValueError: as said.
+    """
+    known = flatten(to_dict(Config()))
+    inside = next((field for field in known if field.startswith(f"{name}.")), None)
+    if inside:
+        raise ValueError(f"config key {name!r} is a group: set its fields, as {inside}")
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1, 0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown config key {name!r}{hint}")
+
+
+def define_config() -> flags.FlagHolder[ConfigDict]:
+    """Defines --config=FILE.py[:ARG] for a command."""
+    return config_flags.DEFINE_config_file("config", None, CONFIG_HELP)
+
+
+def parse_flags(arguments: list[str]) -> list[str]:
+    """Parses a command line, strictly.
+
+    Raises:
+      ValueError: an unknown flag or config field, or a value of another type.
+    """
+    if {"-h", "--help", "--helpshort"} & set(arguments[1:]):
+        print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
+        sys.exit(0)
+    for argument in arguments[1:]:
+        if found := re.match(r"--?config\.([\w.]+)", argument):
+            check_field(found[1])
+        file = re.match(r"--?config=([^:]+)", argument)
+        if file and not Path(file[1]).is_file():
+            raise ValueError(f"--config={file[1]}: there is no such file")
+    try:
+        rest = flags.FLAGS(arguments)
+    except flags.Error as error:
+        # An error in get_config comes as a whole stack trace; its last line says it.
+        last = str(error).strip().splitlines()[-1]
+        raise ValueError(last.removeprefix("ValueError: ")) from error
+    if rest[1:]:
+        raise ValueError(f"unknown argument {rest[1]!r}: flags begin with --")
+    return rest
+
+
+def require(holder: flags.FlagHolder[Any], example: str) -> Any:
+    """The value of a flag that must be given.
+
+    Raises:
+      ValueError: it was not.
+    """
+    if holder.value is None:
+        raise ValueError(f"--{holder.name} is missing, for example {example}")
+    return holder.value
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command; a foreseen error is one line on stderr and an exit code.
+
+    2 is bad input, 1 a run that had to stop (a loss that is no number, a full disk),
+    130 an interrupt.
+    """
+    app.run(
+        lambda _: guarded(main), flags_parser=lambda argv: guarded(parse_flags, argv)
+    )
+
+
+def guarded(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls `function`, or exits as `run` says."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        caught, code = error, BAD_INPUT
+    except (FloatingPointError, OSError) as error:
+        caught, code = error, STOPPED
+    except KeyboardInterrupt as error:
+        caught, code = error, INTERRUPTED
+    if "--traceback" in sys.argv:
+        traceback.print_exception(caught)
+    kind = "" if code == INTERRUPTED else "error: "
+    print(kind + " ".join((str(caught) or "interrupted").split()), file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,5 @@
+"""Kernels of DeepSeek-V3's hot loops, importable without the rest: JAX only.
+
+One folder an operation. `reference.py` holds the mathematics twice: a plain oracle, and
+the fast path for XLA on a CPU, which is also what a GPU kernel is tested against.
+"""

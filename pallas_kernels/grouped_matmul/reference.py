@@ -1,0 +1,118 @@
+"""Block-grouped matmul: block i of `b` rows times the weights of expert `expert_n[i]`.
+
+The layout is that of dropless MoE kernels (MegaBlocks, arXiv:2211.15841, section 5): rows
+sorted by expert, each expert's rows padded to whole blocks. Only `used` blocks are
+computed; the rest of the result is zero. `lax.ragged_dot` would be the library's way, but
+XLA expands it on a CPU to a dense product with every expert.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.matmul.reference import product, rounded, transposed
+
+Array = jax.Array
+
+
+def grouped_dot_oracle(
+    x_nbD: Array, w_EDF: Array, expert_n: Array, used: Array
+) -> Array:
+    """Gathers each block's weights and multiplies: what `grouped_dot` must equal."""
+    dtype = jnp.promote_types(x_nbD.dtype, jnp.float32)
+    live_n = jnp.arange(len(x_nbD)) < used
+    x_nbD = jnp.where(live_n[:, None, None], x_nbD, 0)
+    return jnp.einsum(
+        "nbD,nDF->nbF", x_nbD, w_EDF[expert_n], preferred_element_type=dtype
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def grouped_dot(
+    x_nbD: Array, w_EDF: Array, expert_n: Array, used: Array, compute_dtype: Any = None
+) -> Array:
+    """Multiplies block i by w_EDF[expert_n[i]] for i < used, and returns zeros elsewhere.
+
+    Args:
+      x_nbD: n blocks of b rows.
+      w_EDF: a matrix for each expert.
+      expert_n: [n] int, the expert of each block.
+      used: scalar int, how many leading blocks hold rows; it bounds the loop.
+      compute_dtype: what operands are rounded to in all three products; None keeps them.
+
+    Returns:
+      [n, b, F], at least float32 whatever the operands are.
+    """
+    operands = rounded(x_nbD, compute_dtype), rounded(w_EDF, compute_dtype)
+    return _blocks(*operands, expert_n, used)
+
+
+def _unrolled(used: Array, blocks: int, body: Any, start: Any) -> Any:
+    """Folds `body(i, carry)` over i < used, several at a time and a little beyond.
+
+    Products of one trip do not depend on each other, so XLA runs them on several cores.
+    Blocks from `used` on may or may not be visited.
+    """
+    unroll = next(n for n in (4, 3, 2, 1) if blocks % n == 0)
+
+    def trip(j: Array, carry: Any) -> Any:
+        return body([unroll * j + k for k in range(unroll)], carry)
+
+    return lax.fori_loop(0, -(-used // unroll), trip, start)
+
+
+def _blocks(
+    x_nbD: Array, w_EDF: Array, expert_n: Array, used: Array, contract: int = -2
+) -> Array:
+    """Each block times its expert's matrix, summed over that matrix's axis `contract`."""
+
+    def body(trip: list[Array], out_nbF: Array) -> Array:
+        products = [product(x_nbD[i], w_EDF[expert_n[i]], contract) for i in trip]
+        for i, y_bF in zip(trip, products, strict=True):
+            out_nbF = out_nbF.at[i].set(y_bF)
+        return out_nbF
+
+    width = w_EDF.shape[-2 if contract == -1 else -1]
+    out_nbF = jnp.zeros((*x_nbD.shape[:2], width), _wide(x_nbD))
+    return _unrolled(used, len(x_nbD), body, out_nbF)
+
+
+def _weight_gradient(
+    x_nbD: Array, g_nbF: Array, expert_n: Array, used: Array, start_EDF: Array
+) -> Array:
+    """Adds x^T g of every used block to its expert's matrix."""
+
+    def body(trip: list[Array], dw_EDF: Array) -> Array:
+        live = [transposed(jnp.where(i < used, x_nbD[i], 0)) for i in trip]
+        products = [product(x_Db, g_nbF[i]) for x_Db, i in zip(live, trip, strict=True)]
+        for i, dw_DF in zip(trip, products, strict=True):
+            dw_EDF = dw_EDF.at[expert_n[i]].add(dw_DF)
+        return dw_EDF
+
+    return _unrolled(used, len(x_nbD), body, start_EDF)
+
+
+def _forward(
+    x_nbD: Array, w_EDF: Array, expert_n: Array, used: Array, compute_dtype: Any
+) -> tuple[Array, tuple[Array, ...]]:
+    operands = rounded(x_nbD, compute_dtype), rounded(w_EDF, compute_dtype)
+    # Empty arrays carry the types that the gradients must have.
+    types = jnp.zeros((0,), x_nbD.dtype), jnp.zeros((0,), w_EDF.dtype)
+    return _blocks(*operands, expert_n, used), (*operands, expert_n, used, *types)
+
+
+def _backward(
+    compute_dtype: Any, saved: tuple[Array, ...], g_nbF: Array
+) -> tuple[Array | None, ...]:
+    x_nbD, w_EDF, expert_n, used, x_type, w_type = saved
+    g_nbF = g_nbF.astype(x_nbD.dtype)
+    dx_nbD = _blocks(g_nbF, w_EDF, expert_n, used, contract=-1)
+    start_EDF = jnp.zeros(w_EDF.shape, _wide(x_nbD))
+    dw_EDF = _weight_gradient(x_nbD, g_nbF, expert_n, used, start_EDF)
+    return dx_nbD.astype(x_type.dtype), dw_EDF.astype(w_type.dtype), None, None
+
+
+grouped_dot.defvjp(_forward, _backward)

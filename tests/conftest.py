@@ -1,0 +1,18 @@
+"""What every test needs before JAX starts: the CPU, shown as eight devices.
+
+`JAX_PLATFORMS=cuda python -m pytest tests/...` runs the tests on a GPU instead.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import jax
+from hypothesis import settings
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+# The same examples in every run, and time to compile.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
