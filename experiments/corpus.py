@@ -15,7 +15,6 @@ import argparse
 import gzip
 import html.parser
 import itertools
-import json
 import re
 import shutil
 import subprocess
@@ -50,10 +49,8 @@ class Source(NamedTuple):
 class _Html(html.parser.HTMLParser):
     """The text of a page, a line for each block."""
 
-    BLOCKS = frozenset(
-        "p div br tr li dt dd h1 h2 h3 h4 h5 h6 pre table title blockquote".split()
-    )
-    HIDDEN = frozenset("script style nav head".split())
+    BLOCK = re.compile("p|div|br|tr|li|dt|dd|h[1-6]|pre|table|title|blockquote")
+    HIDDEN = re.compile("script|style|nav|head")
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,13 +58,13 @@ class _Html(html.parser.HTMLParser):
         self._hidden = 0
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
-        self._hidden += tag in self.HIDDEN
-        if tag in self.BLOCKS:
+        self._hidden += bool(self.HIDDEN.fullmatch(tag))
+        if self.BLOCK.fullmatch(tag):
             self.parts.append("\n")
 
     def handle_endtag(self, tag: str) -> None:
-        self._hidden = max(0, self._hidden - (tag in self.HIDDEN))
-        if tag in self.BLOCKS:
+        self._hidden = max(0, self._hidden - bool(self.HIDDEN.fullmatch(tag)))
+        if self.BLOCK.fullmatch(tag):
             self.parts.append("\n")
 
     def handle_data(self, data: str) -> None:
@@ -258,8 +255,9 @@ def describe(root: Path) -> str:
     manifest = read_manifest(root)
     lines = [f"{root}"]
     for name, count in manifest["domains"].items():
+        megabytes = count["bytes"] / 1e6
         lines.append(
-            f"  {name:<16} {count['documents']:>8} documents {count['bytes'] / 1e6:8.2f} MB"
+            f"  {name:<16} {count['documents']:>8} documents {megabytes:8.2f} MB"
         )
     return "\n".join(lines)
 

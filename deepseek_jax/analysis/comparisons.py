@@ -192,11 +192,11 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 def response(study: Study) -> Chart | None:
     """Final loss and MaxVio_global against the one number that a sweep varies."""
     keys = {key for run in study.runs for key in run.overrides} - {"seed"}
-    values = {key: {run.overrides.get(key) for run in study.runs} for key in keys}
+    values = {key: [run.overrides.get(key) for run in study.runs] for key in keys}
     numeric = [
         key
         for key, found in values.items()
-        if len(found) > 2 and all(type(value) in (int, float) for value in found)
+        if all(type(value) in (int, float) for value in found) and len(set(found)) > 2
     ]
     if len(numeric) != 1:
         return None

@@ -158,8 +158,9 @@ def _setting(study: Study) -> str:
         f"{get('model.num_layers')} layers ({get('model.num_dense')} dense), width "
         f"{get('model.dim')}, {get('model.moe.num_experts')} experts top-"
         f"{get('model.moe.top_k')} in {get('model.moe.num_groups')} groups keeping "
-        f"{get('model.moe.keep_groups')}, {get('model.moe.num_shared')} shared, MTP "
-        f"depth {get('model.mtp.depth')} · {run.total_steps:,} steps of {tokens:,} tokens"
+        f"{get('model.moe.keep_groups')}, {get('model.moe.num_shared')} shared, "
+        f"MTP depth {get('model.mtp.depth')} · {run.total_steps:,} steps of "
+        f"{tokens:,} tokens"
     )
 
 

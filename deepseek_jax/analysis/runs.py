@@ -18,6 +18,7 @@ import numpy as np
 
 Record = dict[str, Any]
 
+LOG_START = "$ "  # before the command of each start in a run's log.txt
 PENDING, RUNNING, DONE, FAILED = "pending", "running", "done", "failed"
 
 
@@ -135,8 +136,13 @@ def _by_step(records: Iterable[Record]) -> list[Record]:
     ]
 
 
-def read_run(path: Path, **known: Any) -> Run:
-    """Reads one run's folder; `known` sets fields that only its sweep knows.
+def read_run(path: Path, config: dict[str, Any] | None = None, **known: Any) -> Run:
+    """Reads one run's folder.
+
+    Args:
+      path: the folder, which need not exist yet.
+      config: the config, as long as there is no config.json.
+      known: other fields, those that only the run's sweep knows.
 
     Raises:
       ValueError: a line of metrics.jsonl that is not the last is no JSON object.
@@ -145,16 +151,15 @@ def read_run(path: Path, **known: Any) -> Run:
     records = read_records(path / "metrics.jsonl")
     run = Run(
         path=path,
-        config=saved.get("config", {}),
+        config=saved.get("config") or config or {},
         domains=tuple(saved.get("corpus", {}).get("domains", ())),
         train=_by_step(r for r in records if "loss" in r),
         evals=_by_step(r for r in records if "eval_ce" in r),
-        **{"name": path.name, **known},
+        **({"name": path.name} | known),
     )
     if "status" in known:
         return run
-    status = DONE if run.final else RUNNING if records else PENDING
-    return replace(run, status=status)
+    return replace(run, status=DONE if run.final else RUNNING if records else PENDING)
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,14 @@ class Study:
         """The compared settings in the order of the sweep."""
         return list(dict.fromkeys(run.label for run in self.runs))
 
+    def settled(self) -> "Study":
+        """The same study when nothing runs any more: what did was cut off."""
+        runs = [
+            replace(run, status=PENDING) if run.status == RUNNING else run
+            for run in self.runs
+        ]
+        return replace(self, runs=runs)
+
     def of(self, label: str) -> list[Run]:
         """The runs, one a seed, of one setting."""
         return [run for run in self.runs if run.label == label]
@@ -184,33 +197,27 @@ def read(path: Path) -> Study:
     Raises:
       ValueError: the folder holds neither.
     """
-    path = Path(path)
     sweep = read_json(path / "sweep.json", None)
     if sweep is None:
-        if (
-            not (path / "metrics.jsonl").exists()
-            and not (path / "config.json").exists()
-        ):
+        if not (path / "metrics.jsonl").exists():
             raise ValueError(
                 f"workdir = {str(path)!r}: holds neither a sweep nor a run"
             )
         run = read_run(path, name=path.resolve().name)
         return Study(path, run.name, with_labels([run]))
-    states = {row["name"]: row for row in read_json(path / "summary.json", [])}
+    rows = read_json(path / "summary.json", [])
+    states = {row["name"]: row["status"] for row in rows}
     found = []
     for item in sweep["runs"]:
-        name = item["name"]
-        status = states.get(name, {}).get("status", PENDING)
-        error = last_line(path / name / "log.txt") if status == FAILED else ""
+        folder, status = path / item["name"], states.get(item["name"], PENDING)
         run = read_run(
-            path / name,
-            name=name,
+            folder,
+            item.get("config"),
             overrides=item["overrides"],
             status=status,
-            error=error,
+            error=last_error(folder / "log.txt") if status == FAILED else "",
         )
-        config = run.config or item.get("config", {})
-        found.append(replace(run, config=config))
+        found.append(run)
     return Study(
         path,
         sweep["title"],
@@ -221,18 +228,20 @@ def read(path: Path) -> Study:
     )
 
 
-def last_line(path: Path) -> str:
-    """The last line of a log that says something; "" if there is none.
+def last_error(log: Path) -> str:
+    """What the last start of a run ended with, from its log; "" if it says nothing.
 
-    The line of an exception wins over a warning or a progress line that follows it.
+    The line of an error, if there is one, or else the last line.
     """
     try:
-        text = path.read_bytes()[-20_000:].decode(errors="replace")
+        text = log.read_bytes()[-20_000:].decode(errors="replace")
     except FileNotFoundError:
         return ""
-    lines = [part.strip() for part in re.split(r"[\r\n]+", text) if part.strip()]
-    errors = [x for x in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", x)]
-    return (errors or lines or [""])[-1]
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    starts = [i + 1 for i, line in enumerate(lines) if line.startswith(LOG_START)]
+    lines = lines[starts[-1] if starts else 0 :]
+    named = [line for line in lines if re.match(r"(error:|[\w.]*Error\b)", line)]
+    return (named or lines or [""])[-1]
 
 
 def with_labels(runs: Sequence[Run]) -> list[Run]:

@@ -1,29 +1,34 @@
 """Word problems with worked answers, made from a seed.
 
 Ours, so that a corpus has a domain whose answers are known: `Problem.answer` is what a
-reader, or a reward function, should find after "The answer is". Every step of the working
-is an equation of whole numbers in which * is times and / divides without remainder.
+reader, or a reward function, should find after "The answer is". Every step of the
+working is an equation of whole numbers; * is times and / divides without remainder.
 """
 
 import random
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-NAMES = (
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words(
     "Ada Amir Ana Ben Bo Carla Chen Dana Deng Elif Emil Fatou Finn Gita Hana Hugo Ines "
-    "Ivan Jana Joao Kai Kofi Lena Liu Maya Milo Nadia Nils Olga Omar Pia Priya Quinn Rosa "
-    "Sami Sven Tara Tom Uma Vera Wei Yara Yusuf Zoe"
-).split()
-THINGS = (
-    "apples beads books bolts bricks buttons candles cards coins eggs flowers lemons "
-    "marbles nails nuts oranges pears pencils plates plums postcards seeds shells stamps "
-    "stickers stones tickets tiles tools toys"
-).split()
-BOXES = (
-    "bags baskets boxes cartons crates drawers jars rows sacks shelves trays".split()
+    "Ivan Jana Joao Kai Kofi Lena Liu Maya Milo Nadia Nils Olga Omar Pia Priya Quinn "
+    "Rosa Sami Sven Tara Tom Uma Vera Wei Yara Yusuf Zoe"
 )
-SHOPS = (
-    "bakery bookshop florist garage grocer library market museum school shop".split()
+THINGS = _words(
+    "apples beads books bolts bricks buttons candles cards coins eggs flowers lemons "
+    "marbles nails nuts oranges pears pencils plates plums postcards seeds shells "
+    "stamps stickers stones tickets tiles tools toys"
+)
+BOXES = _words(
+    "bags baskets boxes cartons crates drawers jars rows sacks shelves trays"
+)
+SHOPS = _words(
+    "bakery bookshop florist garage grocer library market museum school shop"
 )
 
 
@@ -100,7 +105,8 @@ def _purchase(rng: random.Random) -> Problem:
     paid = cost_a + cost_b + rng.randint(0, 99)
     question = (
         f"At the {shop} {name} buys {a} {one} at {price_a} cents each and {b} {two} at "
-        f"{price_b} cents each, and pays with {paid} cents. What is the change in cents?"
+        f"{price_b} cents each, and pays with {paid} cents. "
+        f"What is the change in cents?"
     )
     steps = (
         f"{a} * {price_a} = {cost_a}",
@@ -168,8 +174,8 @@ def _fence(rng: random.Random) -> Problem:
     long, wide, gate = rng.randint(10, 200), rng.randint(5, 100), rng.randint(1, 9)
     around = 2 * (long + wide)
     question = (
-        f"{rng.choice(NAMES)} fences a field {long} m long and {wide} m wide, but leaves "
-        f"a gate of {gate} m open. How many m of fence are needed?"
+        f"{rng.choice(NAMES)} fences a field {long} m long and {wide} m wide, but "
+        f"leaves a gate of {gate} m open. How many m of fence are needed?"
     )
     steps = (
         f"{long} + {wide} = {long + wide}",
@@ -231,7 +237,8 @@ def _clock(rng: random.Random) -> Problem:
     hour, minute, extra = rng.randint(1, 9), rng.randint(0, 59), rng.randint(20, 240)
     question = (
         f"{rng.choice(NAMES)} works for {hour} hours and {minute} minutes at the "
-        f"{rng.choice(SHOPS)} and for {extra} minutes at home. How many minutes is that?"
+        f"{rng.choice(SHOPS)} and for {extra} minutes at home. "
+        f"How many minutes is that?"
     )
     there = 60 * hour + minute
     steps = (

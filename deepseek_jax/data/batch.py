@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 class Batch(NamedTuple):
     """Arrays of shape [B, L+1+J]: L inputs, the token after them, J more for MTP.
 
-    With `data.packing` "concat" a row starts at token L of the row before it in its lane:
-    rows overlap by 1+J, so that every token is predicted exactly once, at every depth
-    (section 2.2 of arXiv:2412.19437 predicts T tokens at depth 0 and fewer at the deeper
-    ones; here all have full targets), and so that a step's inputs don't depend on J.
+    With `data.packing` "concat" a row starts at token L of the row before it in its
+    lane: rows overlap by 1+J, so that every token is predicted exactly once, at every
+    depth (in section 2.2 of arXiv:2412.19437 the deeper modules predict fewer tokens;
+    here all have full targets), and so that a step's inputs don't depend on J.
     """
 
     tokens: Any  # int32

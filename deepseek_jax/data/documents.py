@@ -1,9 +1,9 @@
 """Documents: their digest, exact deduplication, and cutting the long ones.
 
-A lane of the pipeline (`data.pipeline`) reads its documents one after another, so a book
-would fill one row of every batch for a hundred steps. Corpora made from files therefore
-cut long texts; the pieces keep the digest of the whole, by which the held-out split goes,
-so no text is ever on both sides of it.
+A lane of the pipeline (`data.pipeline`) reads its documents one after another, so a
+book would fill one row of every batch for a hundred steps. Long texts are therefore cut
+when a corpus is built from them; the pieces keep the digest of the whole, by which the
+held-out split goes, so no text is ever on both sides of it.
 """
 
 import hashlib
@@ -46,8 +46,8 @@ def deduplicate(documents: Iterable[Document]) -> Iterator[Document]:
 def cut(lines: Iterable[str], limit: int = PIECE) -> Iterator[str]:
     """Joins lines into texts of at most `limit` characters, nothing lost.
 
-    A text ends after the last blank line of its second half, else after its last line; a
-    line longer than `limit` is cut anywhere. Lines keep their ends ("a\\n").
+    A text ends after the last blank line of its second half, else after its last line;
+    a line longer than `limit` is cut anywhere. Lines keep their ends ("a\\n").
     """
     held: list[str] = []
     size = 0

@@ -76,7 +76,7 @@ def _read(store: Store, number: int) -> Piece:
 
 
 class RandomBlocks(grain.transforms.DatasetSelectionMap):
-    """Mixes datasets: every block takes counts[d] elements of d, in seeded random order.
+    """Mixes datasets: every block takes counts[d] elements of d, in random order.
 
     Grain's own mix takes turns in a fixed pattern, the same in every lane, so that all
     rows of a batch would come from one domain at a time.
@@ -99,7 +99,7 @@ class RandomBlocks(grain.transforms.DatasetSelectionMap):
         return dataset, block * self._counts[dataset] + int(rank_n[place])
 
     def _shuffled(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Which dataset each element of a block is of, and its number within that one."""
+        """The dataset of each element of a block, and its number within that one."""
         dataset_n = np.repeat(np.arange(len(self._counts)), self._counts)
         dataset_n = np.random.default_rng([self._seed, block]).permutation(dataset_n)
         rank_n = np.empty_like(dataset_n)

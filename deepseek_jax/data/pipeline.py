@@ -1,10 +1,10 @@
 """Batches for training and validation.
 
-Documents are dealt to `data.lanes` packing lanes; each lane shuffles, mixes and packs by
-itself (`data.lanes`, `data.packing`) and gives the same number of rows to every global
-batch. A process owns a contiguous slice of the lanes. So the global batch of step k
-follows from corpus, config and seed alone, whatever the number of processes, and so does
-the state, which is kept per lane and may be restored on another number of processes.
+Documents are dealt to a fixed number of packing lanes; each lane shuffles, mixes and
+packs by itself (modules `lanes`, `packing`) and gives the same number of rows to every
+global batch. A process owns a contiguous slice of the lanes. So the global batch of
+step k follows from corpus, config and seed alone, whatever the number of processes, and
+so does the state, which is kept per lane and may be restored on another number of them.
 
 There is no prefetching: a batch costs far less than a step, and the state after a batch
 is then simply that of the iterator.
@@ -81,7 +81,7 @@ def train_iterator(
         [index * batch / count, (index + 1) * batch / count) of the global batch.
 
     Raises:
-      ValueError: the corpus is shorter than one batch or has fewer documents than lanes,
+      ValueError: the corpus is shorter than one batch, has fewer documents than lanes,
         or `process_count` doesn't divide the lanes.
     """
     lanes = config.lanes or config.batch

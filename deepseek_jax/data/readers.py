@@ -1,7 +1,7 @@
 """Reads a user's own files: .txt, .jsonl, .jsonl.gz and .parquet, a document at a time.
 
 * .txt: cut into documents of at most `documents.PIECE` characters, at blank lines where
-  there are some, so that one large file can be shuffled and split like any other corpus;
+  there are some, so that one large file can be shuffled and split like many small ones;
 * .jsonl(.gz): one object a line, with `text` and, if you like, `domain`;
 * .parquet: a column `text` and, if you like, a column `domain`.
 """
@@ -9,9 +9,9 @@
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from deepseek_jax.data.documents import Document, cut, document
 
@@ -46,7 +46,7 @@ def read(path: Path, domain: str) -> Iterator[Document]:
 type _Texts = Iterator[tuple[str, str, int]]  # text, domain or "", place in the file
 
 
-def _lines(file: IO[bytes], path: Path) -> Iterator[str]:
+def _lines(file: Iterable[bytes], path: Path) -> Iterator[str]:
     offset = 0
     for line in file:
         try:
@@ -80,7 +80,7 @@ def _jsonl_gz(path: Path) -> _Texts:
         ) from None
 
 
-def _objects(file: IO[bytes], path: Path) -> _Texts:
+def _objects(file: Iterable[bytes], path: Path) -> _Texts:
     for number, line in enumerate(_lines(file, path), 1):
         if not line.strip():
             continue

@@ -6,14 +6,19 @@ their bytes, so a run goes on with the same text even when a file is edited mean
 
 import glob
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from deepseek_jax.config import DataConfig
 from deepseek_jax.data import corpora, readers
-from deepseek_jax.data.cache import default_cache, write_text
-from deepseek_jax.data.corpus import FORMAT, Corpus, open_folder, write_corpus
+from deepseek_jax.data.cache import default_cache
+from deepseek_jax.data.corpus import (
+    FORMAT,
+    Corpus,
+    built_once,
+    open_folder,
+    write_corpus,
+)
 from deepseek_jax.data.documents import PIECE, Document
 
 MANY = 16  # files; more don't make a domain each
@@ -49,8 +54,8 @@ def parse_weights(weights: str, domains: tuple[str, ...]) -> dict[str, float] | 
     """The weight of every domain, or None for "": by size.
 
     Raises:
-      ValueError: not of the form "code=2,speech=1", an unknown domain, a negative weight,
-        or no positive one.
+      ValueError: not of the form "code=2,speech=1", an unknown domain, a negative
+        weight, or no positive one.
     """
     if not weights.strip():
         return None
@@ -63,7 +68,8 @@ def parse_weights(weights: str, domains: tuple[str, ...]) -> dict[str, float] | 
             weight = -1.0
         if not 0 <= weight < float("inf"):
             raise ValueError(
-                f"data.weights = {weights!r}: {part.strip()!r} must look like domain=2.5"
+                f"data.weights = {weights!r}: {part.strip()!r} must look like "
+                "domain=2.5"
             )
         if name not in parsed:
             raise ValueError(
@@ -79,19 +85,20 @@ def parse_weights(weights: str, domains: tuple[str, ...]) -> dict[str, float] | 
 def _import_files(source: str, cache: Path) -> Path:
     files = _files(source)
     parent = cache / "corpora"
-    note = parent / f"files-{_key(files)}.json"
-    if note.is_file():
-        folder = parent / json.loads(note.read_text(encoding="utf-8"))["corpus"]
-        if folder.is_dir():
-            return folder
+    described = [
+        {"name": path.name, "version": "", "licence": "the user's own"}
+        for path in files
+    ]
     try:
-        folder = write_corpus(_read_all(files), parent, _described(files))
+        return built_once(
+            parent,
+            f"files-{_key(files)}",
+            lambda: write_corpus(_read_all(files), parent, described),
+        )
     except ValueError as error:
         if str(error).startswith("data.source"):
             raise
         raise ValueError(f"data.source = {source!r}: {error}") from None
-    write_text(note, json.dumps({"corpus": folder.name}) + "\n")
-    return folder
 
 
 def _files(source: str) -> dict[Path, str]:
@@ -100,7 +107,7 @@ def _files(source: str) -> dict[Path, str]:
     found = (
         [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
     )
-    files = sorted(found for found in found if found.is_file())
+    files = sorted(file for file in found if file.is_file())
     if not files:
         raise ValueError(
             f"data.source = {source!r}: no such file; give 'builtin', a corpus folder, "
@@ -109,7 +116,9 @@ def _files(source: str) -> dict[Path, str]:
     suffixes = [readers.suffix_of(file) for file in files]
     if len(files) > MANY:
         return {file: file.resolve().parent.name or "text" for file in files}
-    return {file: file.name[: -len(end)] for file, end in zip(files, suffixes)}
+    return {
+        file: file.name[: -len(end)] or "text" for file, end in zip(files, suffixes)
+    }
 
 
 def _key(files: dict[Path, str]) -> str:
@@ -124,10 +133,3 @@ def _key(files: dict[Path, str]) -> str:
 def _read_all(files: dict[Path, str]) -> Iterator[Document]:
     for path, domain in files.items():
         yield from readers.read(path, domain)
-
-
-def _described(files: dict[Path, str]) -> list[dict[str, str]]:
-    return [
-        {"name": path.name, "version": "", "licence": "the user's own"}
-        for path in files
-    ]

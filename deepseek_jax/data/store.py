@@ -2,8 +2,8 @@
 
 Every document is bos, its tokens, eos: bos opens a document as in DeepSeek-V3's own
 tokenizer, eos is what generation stops at. All documents stand one after another in one
-memory-mapped file, so reading one costs nothing at the start of a run or after a resume,
-and runs on one machine share it.
+memory-mapped file, so that a run starts or resumes at once, and runs on one machine
+share it.
 """
 
 import hashlib

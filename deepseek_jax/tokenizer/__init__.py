@@ -27,8 +27,8 @@ def build(
     Args:
       name: "sentencepiece" (trained on the corpus's training split, once), "bytes", or
         the folder of a saved tokenizer.
-      vocab_size: `model.vocab_size`. The tokenizer has at most as many ids; it has fewer
-        if it is of bytes, or if the corpus is too small for that many pieces.
+      vocab_size: `model.vocab_size`. The tokenizer has at most as many ids; it has
+        fewer if it is of bytes, or if the corpus is too small for that many pieces.
       cache_dir: where trained tokenizers are kept; None takes the corpus's cache.
 
     Raises:

@@ -4,8 +4,8 @@ Beside pieces of text a tokenizer has control ids: bos, eos, pad and the three o
 fill-in-the-middle (section 4.1 of arXiv:2412.19437). `encode` never gives one, whatever
 the text says, and `decode` drops them: they are put in by number.
 
-A folder holds tokenizer.json (format, kind, vocab_size, hash) and the files of its kind;
-tokenizer.json is written last, so a half-written folder is seen to be none.
+A folder holds tokenizer.json (format, kind, vocab_size, hash) and the files of its
+kind; tokenizer.json is written last, so a half-written folder is seen to be none.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD, control ids nothing."""
+        """The text of ids; bad UTF-8 becomes U+FFFD, control ids become nothing."""
 
     def save(self, folder: str | Path) -> None:
         """Writes the folder that `tokenizer.load` reads."""
@@ -120,7 +120,7 @@ def read_about(folder: Path) -> dict[str, Any]:
             "'sentencepiece', 'bytes' or a folder that a run has saved"
         )
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         known = about["format"] == FORMAT and about["hash"] and about["kind"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged; copy it again") from None

@@ -1,10 +1,10 @@
 """SentencePiece BPE with byte fallback, made lossless and safe from injection.
 
-Two things that SentencePiece does are put right here. It writes a space as U+2581, so
-that a U+2581 in the text would come back as a space: such characters are taken out before
-and their three bytes put in by number. And its own decoding of byte pieces depends on the
-pieces around them: we join bytes ourselves. Control symbols are never matched in text, by
-SentencePiece's own rule, and "\\n" is the only symbol that is defined by us.
+SentencePiece writes a space as U+2581, so that a U+2581 in the text would come back as
+a space: such characters are taken out first, and their three bytes put in by number.
+Decoding joins the bytes of the pieces, whatever stands beside them. Control symbols are
+never matched in text, by SentencePiece's own rule; "\\n" is the only symbol that we
+define, because the trainer would end a sentence there.
 
 DeepSeek-V3's tokenizer differs: its pre-tokenizer groups up to three digits and joins
 punctuation with line breaks, which SentencePiece can't express; here digits are single.

@@ -104,7 +104,7 @@ def chunked_attention(
         _head_major(v_BSGO),
     )
     segment_PL = None if segment_BL is None else jnp.repeat(segment_BL, groups, axis=0)
-    o_PRO = _tiled(tiles, wide, q_PRX, k_PSX, v_PSO, segment_PL)
+    o_PRO = _tiled(tiles, Operands(q_PRX, k_PSX, v_PSO, segment_PL))
     o_BGLrO = o_PRO.reshape(batch, groups, length, heads // groups, -1)
     return o_BGLrO.swapaxes(1, 2).reshape(batch, length, heads, -1)
 
@@ -118,10 +118,11 @@ def _head_major(x_BLHX: Array, groups: int | None = None) -> Array:
 
 
 class Tile(NamedTuple):
-    """Query positions [start, stop) against key positions [low, high)."""
+    """Query rows [top, bottom), at positions from `start`, against keys [low, high)."""
 
+    top: int
+    bottom: int
     start: int
-    stop: int
     low: int
     high: int
 
@@ -134,112 +135,97 @@ class Tiles(NamedTuple):
     pieces: int  # loop trips over the leading (batch x key head) axis
 
 
-# Score elements of a loop trip's widest tile: keeps it in a core's cache.
-_TILE_ELEMENTS = 1 << 19
+# Scores that exist at once in a trip of the loop over pieces: they should fit the cache.
+_SCORES = 1 << 19
 _MAX_CHUNKS = 16
 
 
 def _tiles(length: int, repeat: int, leading: int, chunk: int) -> Tiles:
-    """Causal tiles: those that no query of the chunk can see are not in the list."""
-    chunk = max(chunk, -(-length // _MAX_CHUNKS))
-    width = max(4 * chunk, _TILE_ELEMENTS // (chunk * repeat * 8))
+    """Causal tiles: those that no query of a chunk can see are not in the list."""
+    chunk = max(1, chunk // repeat, -(-length // _MAX_CHUNKS))
+    width = max(4 * chunk, 128)
     chunks = []
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
-        highs = range(stop, 0, -width)
-        chunks.append(tuple(Tile(start, stop, max(0, h - width), h) for h in highs))
-    widest = chunk * repeat * min(width, length)
-    per_piece = max(1, _TILE_ELEMENTS // widest)
-    pieces = next(
-        n for n in range(-(-leading // per_piece), leading + 1) if leading % n == 0
-    )
+        rows = start * repeat, stop * repeat, start
+        ends = range(stop, 0, -width)
+        chunks.append(tuple(Tile(*rows, max(0, end - width), end) for end in ends))
+    largest = chunk * repeat * min(width, length)
+    fewest = -(-leading // max(1, _SCORES // largest))
+    pieces = next(n for n in range(fewest, leading + 1) if leading % n == 0)
     return Tiles(tuple(chunks), repeat, pieces)
 
 
-def _dot(a: Array, b: Array, contract: tuple[int, int], wide: Any) -> Array:
-    """Batched over the leading axis; `contract` names the summed axis of each operand."""
-    dims = ((contract[:1], contract[1:]), ((0,), (0,)))
-    return lax.dot_general(a, b, dims, preferred_element_type=wide)
+class Operands(NamedTuple):
+    """Heads of one piece: q [p, L*repeat, X], k [p, L, X], v [p, L, O], segment [p, L]."""
+
+    q: Array
+    k: Array
+    v: Array
+    segment: Array | None
 
 
-def _scores(
-    tile: Tile, repeat: int, q: Array, k: Array, segment: Array | None, wide: Any
-) -> Array:
+def _scores(tile: Tile, repeat: int, x: Operands) -> Array:
     """Scores of one tile, -inf where the query may not look: [p, rows, keys]."""
-    s = _dot(
-        q[:, tile.start * repeat : tile.stop * repeat],
-        k[:, tile.low : tile.high],
-        (2, 2),
-        wide,
-    )
-    rows = jnp.arange(tile.start * repeat, tile.stop * repeat) // repeat
-    if tile.high > tile.start + 1:
-        s = jnp.where(rows[:, None] >= jnp.arange(tile.low, tile.high), s, -jnp.inf)
-    if segment is not None:
-        same = segment[:, rows, None] == segment[:, None, tile.low : tile.high]
-        s = jnp.where(same, s, -jnp.inf)
+    s = product(x.q[:, tile.top : tile.bottom], x.k[:, tile.low : tile.high], -1)
+    position = jnp.arange(tile.top, tile.bottom) // repeat
+    if tile.high > tile.start:
+        s = jnp.where(position[:, None] >= jnp.arange(tile.low, tile.high), s, -jnp.inf)
+    if x.segment is not None:
+        keys = x.segment[:, None, tile.low : tile.high]
+        s = jnp.where(x.segment[:, position, None] == keys, s, -jnp.inf)
     return s
 
 
 def _chunk_forward(
-    chunk: tuple[Tile, ...],
-    repeat: int,
-    wide: Any,
-    q: Array,
-    k: Array,
-    v: Array,
-    segment: Array | None,
+    chunk: tuple[Tile, ...], repeat: int, x: Operands
 ) -> tuple[Array, Array]:
-    """Output and log-sum-exp of one query chunk by online softmax."""
-    top: Array | None = None
-    for tile in chunk:  # the diagonal comes first, so that the maximum is finite
-        s = _scores(tile, repeat, q, k, segment, wide)
-        new_top = s.max(-1, keepdims=True)
-        if top is not None:
-            new_top = jnp.maximum(top, new_top)
-        p = jnp.exp(s - new_top)
-        part = _dot(p.astype(v.dtype), v[:, tile.low : tile.high], (2, 1), wide)
+    """Output and log-sum-exp of one query chunk, by online softmax over its tiles."""
+    out = total = top = None
+    for tile in chunk:  # the diagonal's comes first, so that the maximum is finite
+        s = _scores(tile, repeat, x)
+        peak = s.max(-1, keepdims=True)
+        peak = peak if top is None else jnp.maximum(top, peak)
+        p = jnp.exp(s - peak)
+        mass = p.sum(-1, keepdims=True)
+        part = product(p.astype(x.v.dtype), x.v[:, tile.low : tile.high])
         if top is None:
-            out, total = part, p.sum(-1, keepdims=True)
+            out, total = part, mass
         else:
-            shrink = jnp.exp(top - new_top)
-            out, total = out * shrink + part, total * shrink + p.sum(-1, keepdims=True)
-        top = new_top
+            shrink = jnp.exp(top - peak)
+            out, total = out * shrink + part, total * shrink + mass
+        top = peak
     return out / total, top + jnp.log(total)
 
 
-def _forward_piece(
-    tiles: Tiles, wide: Any, operands: tuple[Array, Array, Array, Array | None]
-) -> tuple[Array, Array]:
-    done = [_chunk_forward(c, tiles.repeat, wide, *operands) for c in tiles.chunks]
+def _forward_piece(tiles: Tiles, x: Operands) -> tuple[Array, Array]:
+    done = [_chunk_forward(chunk, tiles.repeat, x) for chunk in tiles.chunks]
     out, lse = zip(*done, strict=True)
     return jnp.concatenate(out, 1), jnp.concatenate(lse, 1)
 
 
 def _backward_piece(
-    tiles: Tiles, wide: Any, operands: tuple[Any, ...]
-) -> tuple[Array, ...]:
+    tiles: Tiles, saved: tuple[Operands, Array, Array, Array]
+) -> tuple[Array, Array, Array]:
     """Gradients of q, k and v by recomputing each tile's probabilities."""
-    q, k, v, segment, lse, delta, g = operands
-    # Products with these transposes need no large transposed operand, which is slow.
-    q_t, g_t = q.swapaxes(1, 2), g.swapaxes(1, 2)
-    dk_t, dv_t = (jnp.zeros(x.swapaxes(1, 2).shape, wide) for x in (k, v))
+    x, lse, delta, g = saved
+    # Products with these copies need no large transposed operand, which is slow.
+    q_t, g_t = transposed(x.q), transposed(g)
+    wide = lse.dtype
+    dk_t, dv_t = jnp.zeros(x.k.mT.shape, wide), jnp.zeros(x.v.mT.shape, wide)
     dq = []
     for chunk in tiles.chunks:
-        rows = slice(chunk[0].start * tiles.repeat, chunk[0].stop * tiles.repeat)
-        dq_chunk = jnp.zeros((), wide)
+        parts = []
         for tile in chunk:
-            keys = slice(tile.low, tile.high)
-            p = jnp.exp(_scores(tile, tiles.repeat, q, k, segment, wide) - lse[:, rows])
-            dp = _dot(g[:, rows], v[:, keys], (2, 2), wide)
-            ds = (p * (dp - delta[:, rows])).astype(q.dtype)
-            dv_t = dv_t.at[:, :, keys].add(
-                _dot(g_t[:, :, rows], p.astype(q.dtype), (2, 1), wide)
-            )
-            dk_t = dk_t.at[:, :, keys].add(_dot(q_t[:, :, rows], ds, (2, 1), wide))
-            dq_chunk += _dot(ds, k[:, keys], (2, 1), wide)
-        dq.append(dq_chunk)
-    return jnp.concatenate(dq, 1), dk_t.swapaxes(1, 2), dv_t.swapaxes(1, 2)
+            rows, keys = slice(tile.top, tile.bottom), slice(tile.low, tile.high)
+            p = jnp.exp(_scores(tile, tiles.repeat, x) - lse[:, rows])
+            dp = product(g[:, rows], x.v[:, keys], -1)
+            ds = (p * (dp - delta[:, rows])).astype(x.q.dtype)
+            dv_t = dv_t.at[..., keys].add(product(g_t[..., rows], p.astype(g.dtype)))
+            dk_t = dk_t.at[..., keys].add(product(q_t[..., rows], ds))
+            parts.append(product(ds, x.k[:, keys]))
+        dq.append(sum(parts))
+    return jnp.concatenate(dq, 1), dk_t.mT, dv_t.mT
 
 
 def _map_pieces(function: Any, pieces: int, operands: Any) -> Any:
@@ -249,30 +235,24 @@ def _map_pieces(function: Any, pieces: int, operands: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), done)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _tiled(
-    tiles: Tiles, wide: Any, q: Array, k: Array, v: Array, segment: Array | None
-) -> Array:
-    return _tiled_forward(tiles, wide, q, k, v, segment)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tiled(tiles: Tiles, x: Operands) -> Array:
+    return _tiled_forward(tiles, x)[0]
 
 
-def _tiled_forward(
-    tiles: Tiles, wide: Any, q: Array, k: Array, v: Array, segment: Array | None
-) -> tuple[Array, tuple[Any, ...]]:
-    piece = functools.partial(_forward_piece, tiles, wide)
-    out, lse = _map_pieces(piece, tiles.pieces, (q, k, v, segment))
-    return out, (q, k, v, segment, out, lse)
+def _tiled_forward(tiles: Tiles, x: Operands) -> tuple[Array, tuple[Any, ...]]:
+    piece = functools.partial(_forward_piece, tiles)
+    out, lse = _map_pieces(piece, tiles.pieces, x)
+    return out, (x, out, lse)
 
 
-def _tiled_backward(
-    tiles: Tiles, wide: Any, saved: tuple[Any, ...], g: Array
-) -> tuple[Array | None, ...]:
-    q, k, v, segment, out, lse = saved
+def _tiled_backward(tiles: Tiles, saved: tuple[Any, ...], g: Array) -> tuple[Operands]:
+    x, out, lse = saved
     delta = (out * g).sum(-1, keepdims=True)
-    piece = functools.partial(_backward_piece, tiles, wide)
-    operands = q, k, v, segment, lse, delta, g.astype(q.dtype)
-    dq, dk, dv = _map_pieces(piece, tiles.pieces, operands)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    piece = functools.partial(_backward_piece, tiles)
+    grads = _map_pieces(piece, tiles.pieces, (x, lse, delta, g.astype(x.q.dtype)))
+    dq, dk, dv = (d.astype(x.q.dtype) for d in grads)
+    return (Operands(dq, dk, dv, None),)
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.matmul.reference import product, rounded, transposed
+from pallas_kernels.matmul.reference import product, rounded, transposed, wide
 
 Array = jax.Array
 
@@ -76,7 +76,7 @@ def _blocks(
         return out_nbF
 
     width = w_EDF.shape[-2 if contract == -1 else -1]
-    out_nbF = jnp.zeros((*x_nbD.shape[:2], width), _wide(x_nbD))
+    out_nbF = jnp.zeros((*x_nbD.shape[:2], width), wide(x_nbD))
     return _unrolled(used, len(x_nbD), body, out_nbF)
 
 
@@ -110,7 +110,7 @@ def _backward(
     x_nbD, w_EDF, expert_n, used, x_type, w_type = saved
     g_nbF = g_nbF.astype(x_nbD.dtype)
     dx_nbD = _blocks(g_nbF, w_EDF, expert_n, used, contract=-1)
-    start_EDF = jnp.zeros(w_EDF.shape, _wide(x_nbD))
+    start_EDF = jnp.zeros(w_EDF.shape, wide(x_nbD))
     dw_EDF = _weight_gradient(x_nbD, g_nbF, expert_n, used, start_EDF)
     return dx_nbD.astype(x_type.dtype), dw_EDF.astype(w_type.dtype), None, None
 

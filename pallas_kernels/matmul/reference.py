@@ -27,6 +27,11 @@ def transposed(x: Array) -> Array:
     return row_major(x.swapaxes(-1, -2))
 
 
+def wide(x: Array) -> Any:
+    """The dtype that sums of x's products are kept in: at least float32."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
 def product(a: Array, b: Array, contract: int = -2) -> Array:
     """Sums over a's last axis and b's axis `contract` (-2 or -1), batched over the rest.
 
@@ -34,12 +39,10 @@ def product(a: Array, b: Array, contract: int = -2) -> Array:
     """
     batch = tuple(range(a.ndim - 2))
     dims = ((a.ndim - 1,), (b.ndim + contract,)), (batch, batch)
-    wide = jnp.promote_types(a.dtype, jnp.float32)
     # A transposed result would be computed from transposed operands, hence `row_major`.
+    highest = lax.Precision.HIGHEST
     return row_major(
-        lax.dot_general(
-            a, b, dims, precision=lax.Precision.HIGHEST, preferred_element_type=wide
-        )
+        lax.dot_general(a, b, dims, highest, preferred_element_type=wide(a))
     )
 
 

@@ -92,7 +92,7 @@ def test_every_domain_has_held_out_text(builtin):
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "PACKAGES", ("numpy", "no-such-package"))
     with pytest.raises(
-        ValueError, match="no-such-package.*pip install no-such-package"
+        ValueError, match=r"no-such-package.*pip install no-such-package"
     ):
         corpora.build(Path(tmp_path))
 

@@ -99,7 +99,7 @@ def test_no_apt(monkeypatch, tmp_path):
 
 
 def test_a_tool_that_fails():
-    with pytest.raises(ValueError, match="ls /no/such/folder failed: .*No such file"):
+    with pytest.raises(ValueError, match=r"ls /no/such/folder failed: .*No such file"):
         command._run("ls", "/no/such/folder")
 
 

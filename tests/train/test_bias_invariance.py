@@ -21,7 +21,9 @@ STEPS = 20
 
 
 @functools.cache
-def trained(accumulation: int = 1, remat: str = "none", shards: int = 1, strategy: str = "v3"):
+def trained(
+    accumulation: int = 1, remat: str = "none", shards: int = 1, strategy: str = "v3"
+):
     """Balance state and losses after `STEPS` steps on fixed batches."""
     base = small(batch=8, segment_mask=True)
     config = dataclasses.replace(
@@ -39,7 +41,11 @@ def trained(accumulation: int = 1, remat: str = "none", shards: int = 1, strateg
             state, metrics = step(state, random_batch(config, seed=i, documents=True))
             losses.append(float(metrics["loss"]))
             loads.append(np.asarray(metrics["load"]))
-        return jax.tree.map(np.asarray, state.balance), np.array(losses), np.array(loads)
+        return (
+            jax.tree.map(np.asarray, state.balance),
+            np.array(losses),
+            np.array(loads),
+        )
 
 
 WAYS = {
@@ -49,7 +55,11 @@ WAYS = {
     "2 shards": {"shards": 2},
     "4 shards": {"shards": 4},
     "8 shards": {"shards": 8},
-    "2 shards, accumulation 2, remat": {"shards": 2, "accumulation": 2, "remat": "full"},
+    "2 shards, accumulation 2, remat": {
+        "shards": 2,
+        "accumulation": 2,
+        "remat": "full",
+    },
 }
 
 
@@ -62,7 +72,9 @@ def test_biases_are_bitwise_equal(way):
     np.testing.assert_allclose(losses, want_losses, rtol=1e-10)
 
 
-@pytest.mark.parametrize("strategy", ["quantile", "loss_free_proportional", "aux_global"])
+@pytest.mark.parametrize(
+    "strategy", ["quantile", "loss_free_proportional", "aux_global"]
+)
 def test_other_strategies_do_not_see_the_accumulation_either(strategy):
     want, want_losses, want_loads = trained(strategy=strategy)
     got, losses, loads = trained(strategy=strategy, accumulation=4)

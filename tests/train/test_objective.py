@@ -81,7 +81,9 @@ def test_padding_changes_nothing():
             loss, _, aux, _, _ = everything(parts, state, rows)
             results.append((loss, aux.load, aux.penalty))
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), results[0], results[1]
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12),
+        results[0],
+        results[1],
     )
 
 
@@ -95,7 +97,9 @@ def test_an_mtp_weight_of_zero_trains_no_mtp_module():
         return jax.grad(loss)(params, weight)
 
     def loss(params, weight):
-        return objective(parts, params, state.balance, batch, totals(parts, batch), weight)[0]
+        return objective(
+            parts, params, state.balance, batch, totals(parts, batch), weight
+        )[0]
 
     largest = lambda tree: max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))  # noqa: E731
     off = gradient(state.params, 0.0)["mtp_1"]

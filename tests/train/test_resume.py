@@ -16,6 +16,7 @@ import pytest
 
 import deepseek_jax
 from deepseek_jax.checkpoint import folders, manager
+from deepseek_jax.checkpoint.metadata import resolve_horizon
 from deepseek_jax.train.state import assemble, init_state
 from deepseek_jax.train.writers import read
 from tests.train.child import STEPS, config
@@ -52,7 +53,7 @@ class Command:
 
     def state(self, workdir):
         """The final state as plain arrays."""
-        parts = assemble(config(self.corpus))
+        parts = assemble(resolve_horizon(config(self.corpus), None))
         restored = manager.restore(workdir / "checkpoints", init_state(parts, 0))
         assert restored.step == STEPS
         return [np.asarray(leaf) for leaf in jax.tree.leaves(restored.state)]
@@ -97,8 +98,9 @@ def test_the_whole_run_learns(command, whole):
 
 
 def test_kills_at_random_steps_change_nothing(command, whole, tmp_path):
-    late = random.SystemRandom().randrange(6, STEPS)
-    for step in (3, late):  # before the first checkpoint, and after it
+    choose = random.SystemRandom().randrange
+    # At 11 the save of step 10 has begun, so that of step 5 is whole.
+    for step in (choose(1, 11), choose(11, STEPS)):
         code, errors = command(tmp_path, "SIGKILL", step)
         assert code == -9, errors
     code, errors = command(tmp_path)

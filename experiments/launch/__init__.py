@@ -1,0 +1,1 @@
+"""Starting many runs: `plan` says which, `local` runs them on this machine."""

@@ -1,0 +1,293 @@
+"""Runs a sweep's runs as processes on this machine, a folder each.
+
+Finished runs are skipped, the others start or go on; one that fails does not stop the
+rest. Workers share the CPU's cores evenly: XLA sizes its thread pools by the cores that
+a process may use. Runs share a compilation cache, since those that differ only in a
+seed are the same program; results do not depend on it.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from deepseek_jax.analysis import runs, seeds, tables
+from deepseek_jax.analysis.runs import DONE, FAILED, PENDING, RUNNING
+from deepseek_jax.train.hooks import Interrupt, clock
+from experiments.common import INTERRUPTED
+from experiments.launch.plan import Item, Plan, flag
+
+POLL_S = 0.5
+QUIET_S = 30.0  # between progress lines where the output is no terminal
+CACHE = ".jax_cache"
+NO_RESULT = "ended without a final evaluation"
+
+Command = Callable[[Plan, Item, Path], list[str]]
+
+
+def train_command(plan: Plan, item: Item, folder: Path) -> list[str]:
+    """The command of one run."""
+    flags = [flag(key, value) for key, value in item.overrides.items()]
+    command = [sys.executable, "-m", "experiments.train", f"--config={plan.base}"]
+    return [*command, f"--workdir={folder}", *flags]
+
+
+@dataclass
+class Follower:
+    """Reads the training records that a run appends, as they come."""
+
+    path: Path
+    offset: int = 0
+    inode: int = 0
+    last: dict[str, Any] = field(default_factory=dict)
+
+    def latest(self) -> dict[str, Any]:
+        """The newest training record, {} before there is one."""
+        try:
+            with self.path.open("rb") as file:
+                state = os.fstat(file.fileno())
+                if state.st_ino != self.inode or state.st_size < self.offset:
+                    self.offset, self.inode = 0, state.st_ino
+                file.seek(self.offset)
+                whole, newline, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return self.last
+        self.offset += len(whole) + len(newline)
+        for line in whole.splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            self.last = record if "loss" in record else self.last
+        return self.last
+
+
+class State:
+    """Which run stands where, as summary.json says it."""
+
+    def __init__(self, plan: Plan, workdir: Path):
+        self.plan, self.workdir = plan, workdir
+        self.items = {item.name: item for item in plan.items}
+        self.followers = {
+            name: Follower(workdir / name / "metrics.jsonl") for name in self.items
+        }
+        before = runs.read_json(workdir / "summary.json", [])
+        done = {row["name"] for row in before if row["status"] == DONE}
+        self.status = dict.fromkeys(self.items, PENDING)
+        self.rows = {name: self.row(name) for name in self.items}
+        for name in done & set(self.items):
+            if self.rows[name]["eval_ce"] is not None:
+                self._set(name, DONE)
+        self.write()
+
+    def row(self, name: str) -> runs.Record:
+        """A run's entry in summary.json by what its folder holds now."""
+        item = self.items[name]
+        run = runs.read_run(
+            self.workdir / name,
+            overrides=item.overrides,
+            status=self.status[name],
+            config=item.record()["config"],
+        )
+        return seeds.summarize(run)
+
+    def _set(self, name: str, status: str) -> None:
+        self.status[name] = status
+        self.rows[name] = self.row(name)
+
+    def set(self, name: str, status: str) -> None:
+        """Notes a change and writes it."""
+        self._set(name, status)
+        self.write()
+
+    def write(self) -> None:
+        """Writes summary.json and summary.csv."""
+        tables.write_summaries(self.workdir, [*self.rows.values()])
+
+    def named(self, *status: str) -> list[str]:
+        """The runs in one of these states."""
+        return [name for name, each in self.status.items() if each in status]
+
+    def steps(self) -> dict[str, int]:
+        """Steps done by each run."""
+        return {n: f.latest().get("step", 0) for n, f in self.followers.items()}
+
+
+@dataclass
+class Job:
+    """A process that makes a run."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+    cores: list[int]
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+
+def run(
+    plan: Plan, workdir: Path, workers: int = 1, command: Command = train_command
+) -> int:
+    """Runs what is not done yet; the exit code: 0, 1 if a run failed, 130 on Ctrl-C."""
+    state = State(plan, workdir)
+    progress = Progress(state)
+    waiting = state.named(PENDING)
+    if finished := state.named(DONE):
+        progress.say(f"{len(finished)} of {len(plan.items)} runs are done already")
+    free = shares(max(1, min(workers, len(waiting))))
+    jobs: list[Job] = []
+    with Interrupt(progress.say) as interrupt:
+        try:
+            while (waiting or jobs) and not interrupt.received:
+                while waiting and free:
+                    jobs.append(start(state, waiting.pop(0), free.pop(0), command))
+                time.sleep(POLL_S)
+                for job in [job for job in jobs if job.ended]:
+                    jobs.remove(job)
+                    free.append(job.cores)
+                    finish(state, job, progress)
+                progress.show([job.name for job in jobs])
+        finally:
+            stop(jobs)
+    for job in jobs:
+        if job.process.returncode == 0:
+            finish(state, job, progress)
+        else:
+            state.set(job.name, PENDING)
+    if interrupt.received:
+        progress.say("stopped; the same command goes on from here")
+        return INTERRUPTED
+    return 1 if state.named(FAILED) else 0
+
+
+def start(state: State, name: str, cores: list[int], command: Command) -> Job:
+    """Starts a run on some cores, its output going to the end of its log.txt."""
+    folder = state.workdir / name
+    folder.mkdir(parents=True, exist_ok=True)
+    words = command(state.plan, state.items[name], folder)
+    log = (folder / "log.txt").open("ab", buffering=0)
+    log.write(f"{runs.LOG_START}{shlex.join(words)}\n".encode())
+    cache = str(state.workdir.absolute() / CACHE)
+    with on_cores(cores):
+        process = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={"JAX_COMPILATION_CACHE_DIR": cache} | os.environ,
+            start_new_session=True,  # Ctrl-C reaches it once, from here
+        )
+    state.set(name, RUNNING)
+    return Job(name, process, log, cores)
+
+
+def finish(state: State, job: Job, progress: "Progress") -> None:
+    """Notes how a run ended."""
+    job.log.close()
+    row, code = state.row(job.name), job.process.returncode
+    if code == 0 and row["eval_ce"] is not None:
+        state.set(job.name, DONE)
+        violation = row["maxvio_global"]
+        shown = "" if violation is None else f", MaxVio_global {violation:.3f}"
+        progress.say(f"{job.name}: done, validation loss {row['eval_ce']:.4f}{shown}")
+        return
+    state.set(job.name, FAILED)
+    log = state.workdir / job.name / "log.txt"
+    if code <= 0:  # a run that ends so says nothing itself
+        why = f"killed by {signal.Signals(-code).name}" if code else NO_RESULT
+        with log.open("a") as file:
+            file.write(f"\nerror: {why}\n")
+    progress.say(f"{job.name}: FAILED: {runs.last_error(log)}")
+
+
+def stop(jobs: Sequence[Job]) -> None:
+    """Asks runs to save and end, and waits; another Ctrl-C kills them."""
+    try:
+        for job in jobs:
+            if not job.ended:
+                job.process.send_signal(signal.SIGINT)
+        for job in jobs:
+            job.process.wait()
+    except KeyboardInterrupt:
+        for job in jobs:
+            job.process.kill()
+            job.process.wait()
+
+
+def shares(workers: int) -> list[list[int]]:
+    """The cores of each worker; [] = all: there is one, or the system can't do it."""
+    if workers == 1 or not hasattr(os, "sched_setaffinity"):
+        return [[] for _ in range(workers)]
+    cores = sorted(os.sched_getaffinity(0))
+    if workers > len(cores):
+        return [[cores[i % len(cores)]] for i in range(workers)]
+    return [cores[i::workers] for i in range(workers)]
+
+
+@contextmanager
+def on_cores(cores: Iterable[int]) -> Iterator[None]:
+    """A process that is started inside may use these cores only; [] = all."""
+    if not cores:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+class Progress:
+    """One live line on a terminal; elsewhere a plain line every half a minute."""
+
+    def __init__(self, state: State):
+        self.state, self.live = state, sys.stderr.isatty()
+        self.total = {n: item.config.train.steps for n, item in state.items.items()}
+        self.first = sum(state.steps().values())
+        self.shown = self.began = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Prints a line that stays."""
+        self._print(f"\r{text}\x1b[K\n" if self.live else f"{text}\n")
+
+    def show(self, active: Sequence[str]) -> None:
+        """Prints where the active runs stand and when the whole sweep may end."""
+        now = time.monotonic()
+        if not active or (not self.live and now - self.shown < QUIET_S):
+            return
+        self.shown = now
+        ended = len(self.state.named(DONE, FAILED))
+        parts = "  |  ".join(self._of(name) for name in active)
+        line = f"[{ended}/{len(self.total)}] {parts}  ETA {self._eta(now)}"
+        self._print(f"\r{line}\x1b[K" if self.live else f"{line}\n")
+
+    def _of(self, name: str) -> str:
+        record = self.state.followers[name].latest()
+        values = [
+            f"{key.removesuffix('_batch')} {record[key]:.4g}"
+            for key in self.state.plan.metrics
+            if isinstance(record.get(key), int | float)
+        ]
+        return " ".join([f"{name} {record.get('step', 0)}/{self.total[name]}", *values])
+
+    def _eta(self, now: float) -> str:
+        steps = self.state.steps()
+        made = sum(steps.values()) - self.first
+        unfinished = self.state.named(PENDING, RUNNING)
+        left = sum(self.total[name] - steps[name] for name in unfinished)
+        return clock(left * (now - self.began) / made) if made > 0 else "?"
+
+    def _print(self, text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()

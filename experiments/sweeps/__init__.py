@@ -1,0 +1,1 @@
+"""Sweeps: each file has CONFIG, `sweep(arg=None)` and `metrics()`."""

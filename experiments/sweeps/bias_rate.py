@@ -1,0 +1,36 @@
+"""How fast should the bias move?
+
+The bias speed u of loss-free balancing from 0 to 1e-1, three seeds each, on the tiny
+replica: figure 4 of arXiv:2408.15664, which finds 1e-4 slow early and 1e-2 oscillating
+late over some ten thousand steps, and 1e-3 best. Over 300 steps all of it shifts to
+larger speeds, since what a bias can reach is speed x steps.
+
+Cost: 24 runs of 300 steps, about 90 minutes on 2 cores.
+
+  python -m experiments.sweep --sweep=experiments/sweeps/bias_rate.py --workdir=runs/u
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+CONFIG = "experiments/configs/tiny.py"
+SPEEDS = (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+SEEDS = (0, 1, 2)
+
+
+def sweep() -> Iterator[dict[str, Any]]:
+    """The runs."""
+    for seed in SEEDS:
+        for speed in SPEEDS:
+            yield {
+                "name": f"u{speed:g}-s{seed}",
+                "balance.strategy": "loss_free",
+                "balance.speed": speed,
+                "seed": seed,
+                "train.steps": 300,
+            }
+
+
+def metrics() -> tuple[str, ...]:
+    """What to watch."""
+    return ("loss", "maxvio_batch")
