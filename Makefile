@@ -4,6 +4,8 @@ PYTHON ?=
 PY := .venv/bin/python
 READY := .venv/.ready
 ARGS ?=
+# Two processes, each with whole files: what a file prepares once stays prepared.
+PYTEST := $(PY) -m pytest -q -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint bench notebooks lab clean
@@ -21,10 +23,10 @@ demo: setup  ## compare balancing strategies on a tiny model, about 15 minutes
 	$(PY) -m experiments.sweep --sweep=experiments/sweeps/demo.py --workdir=runs/demo $(ARGS)
 
 test: lint  ## lint, types and every test but the slow ones
-	$(PY) -m pytest -q -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: lint  ## the slow tests too
-	$(PY) -m pytest -q $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: setup  ## ruff and mypy
 	$(PY) -m ruff check .

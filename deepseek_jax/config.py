@@ -110,7 +110,9 @@ class AttentionConfig:
         at = "model.attention"
         _one_of(f"{at}.kind", self.kind, ATTENTION_KINDS)
         _positive(at, self, "num_heads", "kv_heads", "kv_rank", "rope_dim", "value_dim")
-        _check(self.q_rank >= 0, f"{at}.q_rank", self.q_rank, "must be 0 (none) or more")
+        _check(
+            self.q_rank >= 0, f"{at}.q_rank", self.q_rank, "must be 0 (none) or more"
+        )
         _check(self.nope_dim >= 0, f"{at}.nope_dim", self.nope_dim, "must be 0 or more")
         _check(
             self.rope_dim % 2 == 0,
@@ -143,8 +145,12 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         at = "model.moe"
-        _positive(at, self, "num_experts", "top_k", "ffn_dim", "num_groups", "keep_groups")
-        _check(self.num_shared >= 0, f"{at}.num_shared", self.num_shared, "must be >= 0")
+        _positive(
+            at, self, "num_experts", "top_k", "ffn_dim", "num_groups", "keep_groups"
+        )
+        _check(
+            self.num_shared >= 0, f"{at}.num_shared", self.num_shared, "must be >= 0"
+        )
         _one_of(f"{at}.score", self.score, SCORES)
         _one_of(f"{at}.group_score", self.group_score, GROUP_SCORES)
         _check(
@@ -203,7 +209,9 @@ class ModelConfig:
     mtp: MTPConfig = field(default_factory=MTPConfig)
 
     def __post_init__(self) -> None:
-        _positive("model", self, "vocab_size", "dim", "num_layers", "dense_dim", "norm_eps")
+        _positive(
+            "model", self, "vocab_size", "dim", "num_layers", "dense_dim", "norm_eps"
+        )
         _check(self.init_std >= 0, "model.init_std", self.init_std, "must be >= 0")
         _check(
             0 <= self.num_dense < self.num_layers,
@@ -403,7 +411,9 @@ def to_dict(config: typing.Any) -> dict[str, typing.Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict[T](cls: type[T], values: typing.Mapping[str, typing.Any], at: str = "") -> T:
+def from_dict[T](
+    cls: type[T], values: typing.Mapping[str, typing.Any], at: str = ""
+) -> T:
     """Builds a config dataclass from a nested mapping; keys left out keep their default.
 
     Raises:

@@ -36,7 +36,12 @@ SMALL = ModelConfig(
 
 
 def small(
-    *, batch: int = 8, length: int = 12, depth: int = 1, segment_mask: bool = False, **kwargs
+    *,
+    batch: int = 8,
+    length: int = 12,
+    depth: int = 1,
+    segment_mask: bool = False,
+    **kwargs,
 ) -> Config:
     """A whole run's config of some thousand parameters; `kwargs` replace its groups."""
     groups = {
@@ -63,7 +68,9 @@ def random_batch(config: Config, seed: int = 0, documents: bool = False) -> Batc
         segment = np.cumsum(starts, 1, dtype=np.int32)
         first = np.maximum.accumulate(np.where(starts, position, 0), 1)
         position = (position - first).astype(np.int32)
-        padding = np.arange(shape[1]) >= rng.integers(shape[1] // 2, shape[1] + 1, (shape[0], 1))
+        padding = np.arange(shape[1]) >= rng.integers(
+            shape[1] // 2, shape[1] + 1, (shape[0], 1)
+        )
         segment = np.where(padding, 0, segment)
     mask = segment > 0
     domain = np.where(mask, rng.integers(0, 2, shape), -1).astype(np.int32)

@@ -14,6 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from deepseek_jax.data import corpora
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -90,7 +92,12 @@ def test_what_is_imported_is_what_is_declared():
     core = {Requirement(text).name for text in PROJECT["dependencies"]}
     parity = {Requirement(text).name for text in EXTRAS["parity"]}
     assert used - core - parity == set()
-    assert core - used == set()
+    assert core - used <= {*corpora.PACKAGES, corpora.SPEECHES}
+
+
+def test_the_packages_whose_text_is_the_corpus_are_pinned():
+    assert {canonicalize_name(name) for name in corpora.PACKAGES} <= set(pins())
+    assert corpora.SPEECHES in pins()
 
 
 def test_every_folder_of_the_library_is_a_package():

@@ -1,8 +1,9 @@
 """The charts of one run: where its tokens went, layer by layer and expert by expert.
 
 Each function makes one chart, or returns None where the run holds nothing to draw.
-Specialisation by domain is Figure 9 of arXiv:2412.19437. Long runs are thinned in time
-and deep models in layers, so that a page of many runs stays small.
+Specialisation by domain is figure 9 of arXiv:2412.19437. Each is told how many numbers
+it may hold: long runs are thinned in time and deep models in layers, so that a page of
+many runs stays small.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from deepseek_jax.analysis.runs import Run
 
 MAX_ROUTERS = 8
 MAX_LINES = 32
-MAX_CELLS = 20_000  # of one heatmap
+CELLS = 20_000
+LEAST_TIMES = 8
 
 
 def relative(load: np.ndarray) -> np.ndarray:
@@ -28,17 +30,21 @@ def _some(count: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
-def load_heatmap(run: Run) -> Chart | None:
+def _routers(count: int, cells: int, each: int, most: int = MAX_ROUTERS) -> np.ndarray:
+    """The routers to show when `each` takes so many of the cells."""
+    return _some(count, max(1, min(most, cells // each)))
+
+
+def load_heatmap(run: Run, cells: int = CELLS) -> Chart | None:
     """Load of every expert relative to uniform over training, a block a router."""
     steps, load_XRE = run.series("load")
     if not len(steps):
         return None
     names = run.router_names(load_XRE.shape[1])
-    routers, experts = _some(len(names), MAX_ROUTERS), load_XRE.shape[2]
-    windows = np.array_split(
-        np.arange(len(steps)),
-        min(len(steps), max(8, MAX_CELLS // (experts * len(routers)))),
-    )
+    experts = load_XRE.shape[2]
+    routers = _routers(len(names), cells, experts * LEAST_TIMES)
+    times = max(LEAST_TIMES, cells // (experts * len(routers)))
+    windows = np.array_split(np.arange(len(steps)), min(len(steps), times))
     x = np.array([steps[w].mean() for w in windows])
     share_XRE = relative(np.stack([load_XRE[w].sum(0) for w in windows]))
     blocks = [(names[r], range(1, experts + 1), share_XRE[:, r].T) for r in routers]
@@ -54,7 +60,7 @@ def load_heatmap(run: Run) -> Chart | None:
     )
 
 
-def specialisation(run: Run) -> Chart | None:
+def specialisation(run: Run, cells: int = CELLS) -> Chart | None:
     """Load by domain relative to uniform in the last evaluation, a block a router."""
     record = run.evals[-1] if run.evals else {}
     loads = record.get("eval_load_by_domain") or {}
@@ -62,7 +68,7 @@ def specialisation(run: Run) -> Chart | None:
         return None
     load_dRE = np.array(list(loads.values()), float)
     names = run.router_names(load_dRE.shape[1])
-    routers = _some(len(names), MAX_ROUTERS)
+    routers = _routers(len(names), cells, load_dRE.shape[0] * load_dRE.shape[2])
     share_dRE = relative(load_dRE)
     rows, values = _stack([(names[r], list(loads), share_dRE[:, r]) for r in routers])
     experts = np.arange(1, load_dRE.shape[2] + 1)
@@ -91,15 +97,18 @@ def _stack(
     return rows, np.concatenate(parts)
 
 
-def bias_trajectories(run: Run) -> Chart | None:
+def bias_trajectories(run: Run, cells: int = CELLS) -> Chart | None:
     """The routers' biases over training, one line an expert."""
     steps, bias_XRE = run.series("bias")
     if not len(steps):
         return None
     names = run.router_names(bias_XRE.shape[1])
-    times, experts = _some(len(steps), 80), _some(bias_XRE.shape[2], MAX_LINES)
+    experts = _some(bias_XRE.shape[2], MAX_LINES)
+    routers = _routers(len(names), cells, len(experts) * LEAST_TIMES, most=4)
+    most = max(LEAST_TIMES, cells // (len(experts) * len(routers)))
+    times = _some(len(steps), min(most, 80))
     panels = []
-    for i, r in enumerate(_some(len(names), 4)):
+    for i, r in enumerate(routers):
         lines = tuple(
             Line(
                 f"expert {e + 1}",

@@ -3,7 +3,9 @@
 Both read the same chart, so that a picture and a page cannot disagree.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -97,56 +99,52 @@ def _height(chart: Chart) -> int:
 
 
 def _traces(line: Line, *, first: bool) -> list[go.Scatter]:
-    x = list(line.x)
-    common = {"legendgroup": line.label, "name": line.label}
+    """A line's traces: its band, if it has one, below itself."""
+    common = {"x": _compact(line.x), "legendgroup": line.label, "name": line.label}
     traces = []
     if line.high is not None and line.style != "mean":
-        for part, fill in ((line.low, None), (line.high, "tonexty")):
+        common_band = {"mode": "lines", "line_width": 0, "hoverinfo": "skip"}
+        for edge, fill in ((line.low, None), (line.high, "tonexty")):
             traces.append(
                 go.Scatter(
-                    x=x,
-                    y=part,
-                    mode="lines",
-                    line={"width": 0},
+                    y=_compact(edge),
                     fill=fill,
-                    fillcolor=_faded(line.colour),
-                    hoverinfo="skip",
+                    fillcolor=_faded(line.colour) if fill else None,
                     showlegend=False,
+                    **common_band,
                     **common,
                 )
             )
-    error, text, mode, size = None, None, "lines", 6
+    style: dict[str, Any] = {"mode": "lines", "line": {"color": line.colour}}
     if line.style == "marked":
-        mode = "lines+markers"
+        style |= {"mode": "lines+markers"}
     elif line.style == "points":
-        mode, size = "markers", 7
+        style = {"mode": "markers", "marker": {"color": line.colour, "size": 7}}
+        style |= {"opacity": 0.5}
     elif line.style == "mean":
-        mode, size, text = "markers+text", 14, line.label
-        if line.high is not None and np.isfinite(line.high).all():
-            error = {"type": "data", "array": line.high - line.y, "width": 4}
-    traces.append(
-        go.Scatter(
-            x=x,
-            y=line.y,
-            mode=mode,
-            text=text,
-            textposition=PLACES[line.place],
-            cliponaxis=line.style != "mean",
-            error_y=error,
-            line={"color": line.colour, "width": 2},
-            marker={"size": size, "color": line.colour},
-            opacity=0.5 if line.style == "points" else 1,
-            showlegend=first,
-            **common,
-        )
-    )
+        style = {"mode": "markers+text", "marker": {"color": line.colour, "size": 14}}
+        style |= {"text": line.label, "textposition": PLACES[line.place]}
+        style |= {"cliponaxis": False}
+        if line.high is not None:
+            style["error_y"] = {"type": "data", "array": line.high - line.y, "width": 4}
+    traces.append(go.Scatter(y=_compact(line.y), showlegend=first, **style, **common))
     return traces
+
+
+def _compact(values: Sequence[float | str] | np.ndarray) -> list[str] | np.ndarray:
+    """Numbers in the fewest bytes that show them; text as it is."""
+    array = np.asarray(values)
+    if array.dtype.kind == "U":
+        return list(map(str, array))
+    if not np.array_equal(array, np.round(array)):
+        return array.astype(np.float32)
+    return array.astype(np.int16 if np.abs(array).max() < 2**15 else np.int32)
 
 
 def _interactive_heat(figure: go.Figure, heat: Heat, at: dict[str, int]) -> None:
     figure.add_trace(
         go.Heatmap(
-            x=list(heat.x),
+            x=_compact(heat.x),
             y=heat.rows,
             z=heat.values.astype(np.float32),
             coloraxis="coloraxis",
@@ -242,7 +240,7 @@ def _draw(axis: Axes, line: Line) -> None:
     style = {"color": line.colour}
     if line.style == "mean":
         bar = None
-        if line.high is not None and np.isfinite(line.high).all():
+        if line.high is not None:
             bar = line.high - line.y
         axis.errorbar(line.x, line.y, bar, fmt="o", ms=10, capsize=3, **style)
         across, up = OFFSETS[line.place]

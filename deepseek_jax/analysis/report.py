@@ -14,7 +14,7 @@ from typing import Any
 from deepseek_jax.analysis import plots
 from deepseek_jax.analysis.charts import Chart, colours
 from deepseek_jax.analysis.comparisons import COMPARISONS, overview
-from deepseek_jax.analysis.details import DETAILS
+from deepseek_jax.analysis.details import CELLS, DETAILS
 from deepseek_jax.analysis.runs import DONE, FAILED, Run, Study
 from deepseek_jax.analysis.seeds import MEASURES, differ, summarize
 from deepseek_jax.analysis.tables import (
@@ -29,6 +29,8 @@ from deepseek_jax.analysis.tables import (
 )
 
 MAX_PICTURED = 12  # settings whose heatmaps become pictures
+MAX_DETAILED = 60  # runs that the page shows side by side
+PAGE_CELLS = 120_000  # numbers in the heatmaps of all runs; as many in the biases
 
 
 def write(study: Study) -> Path:
@@ -57,7 +59,9 @@ def pictures(study: Study) -> dict[str, Chart]:
 def page(study: Study) -> str:
     """The page's HTML."""
     comparisons = [chart for make in COMPARISONS if (chart := make(study))]
-    by_run = {run.name: details(run) for run in study.runs}
+    detailed = _first_seeds(study, MAX_DETAILED)
+    cells = PAGE_CELLS // max(8, len(detailed))
+    by_run = {run.name: details(run, cells) for run in detailed}
     kinds = {name: chart for found in by_run.values() for name, chart in found.items()}
     shown = _shown(study, by_run)
     parts = {
@@ -100,9 +104,17 @@ def page(study: Study) -> str:
     return "".join(pieces)
 
 
-def details(run: Run) -> dict[str, Chart]:
-    """The charts of one run by their name."""
-    return {name: chart for name, make in DETAILS.items() if (chart := make(run))}
+def details(run: Run, cells: int = CELLS) -> dict[str, Chart]:
+    """The charts of one run by their name, with at most `cells` numbers each."""
+    found = {name: make(run, cells) for name, make in DETAILS.items()}
+    return {name: chart for name, chart in found.items() if chart}
+
+
+def _first_seeds(study: Study, most: int) -> list[Run]:
+    """At most so many runs, in the study's order: first seeds before second ones."""
+    rank = {run.name: study.of(run.label).index(run) for run in study.runs}
+    kept = sorted(study.runs, key=lambda run: rank[run.name])[:most]
+    return [run for run in study.runs if run in kept]
 
 
 def _figure(chart: Chart) -> dict[str, Any]:
@@ -113,12 +125,12 @@ def _figure(chart: Chart) -> dict[str, Any]:
 
 def _json(value: Any) -> str:
     """JSON that may stand inside a script element."""
-    return json.dumps(value, separators=(",", ":")).replace("</", "<\\/")
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _shown(study: Study, by_run: Mapping[str, Mapping[str, Chart]]) -> list[str]:
     """The runs first shown: the worst balanced, and the best of those with a bias."""
-    drawn = [run.name for run in study.runs if by_run[run.name]]
+    drawn = [name for name, found in by_run.items() if found]
     if len(drawn) < 2:
         return drawn
     level = {run.name: summarize(run)["maxvio_global"] or 0.0 for run in study.runs}
@@ -230,8 +242,8 @@ def _result(study: Study) -> str:
         '<p class="caption">Mean ± standard deviation over seeds, from the final '
         "evaluation on the whole validation set (MaxVio batch: the last 10 % of the "
         "training steps). Green is the best; ≈ is not told apart from it by these "
-        "seeds. Specialisation: how far the choice of experts depends on the domain, "
-        "from 0 to 1.</p>"
+        "seeds. Specialisation: how far the choice of experts depends on the domain, 0 "
+        "being not at all.</p>"
         f"{_table(['setting', 'seeds', *HEADINGS.values()], lines)}"
         f'<p class="verdict">{escape(verdict(study))}</p>{_all_runs(study)}</section>'
     )

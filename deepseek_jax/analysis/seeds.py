@@ -2,7 +2,7 @@
 
 MaxVio is that of arXiv:2408.15664, as the trainer recorded it: (max load - mean) / mean
 over a batch or the whole validation set, averaged over the main model's MoE layers.
-Whether two settings differ is judged from the spread between seeds alone.
+Whether two settings differ is judged from their differences seed by seed.
 """
 
 import math
@@ -68,36 +68,44 @@ def summarize(run: Run) -> Record:
 
 @dataclass(frozen=True)
 class Spread:
-    """A measure over n seeds: mean and sample standard deviation (None for one)."""
+    """A measure of one setting, by seed."""
 
-    mean: float
-    std: float | None
-    n: int
+    by_seed: dict[int, float]
+
+    @property
+    def n(self) -> int:
+        return len(self.by_seed)
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean([*self.by_seed.values()]))
+
+    @property
+    def std(self) -> float | None:
+        """The sample standard deviation between seeds, None for a single one."""
+        return float(np.std([*self.by_seed.values()], ddof=1)) if self.n > 1 else None
 
 
-def spread(values: Iterable[float | None]) -> Spread | None:
-    """Mean and spread of the values that are known; None if none is."""
-    known = [v for v in values if v is not None]
-    if not known:
-        return None
-    std = float(np.std(known, ddof=1)) if len(known) > 1 else None
-    return Spread(float(np.mean(known)), std, len(known))
+def spread(pairs: Iterable[tuple[int | None, float | None]]) -> Spread | None:
+    """The values that are known, from pairs of seed and value; None if none is."""
+    known = {seed or 0: value for seed, value in pairs if value is not None}
+    return Spread(known) if known else None
 
 
 def differ(a: Spread, b: Spread) -> bool:
-    """Whether Welch's two-sided test at 5 % tells two means apart.
+    """Whether a paired two-sided t-test at 5 % tells two settings apart.
 
-    Never with fewer than two seeds each: one seed shows no spread to judge by.
+    The pairs are runs of the same seed: they share their first weights and their data,
+    which is most of the spread between seeds. Fewer than two pairs show nothing.
     """
-    if a.std is None or b.std is None:
+    gaps = [
+        a.by_seed[seed] - b.by_seed[seed] for seed in a.by_seed if seed in b.by_seed
+    ]
+    if len(gaps) < 2:
         return False
-    parts = a.std**2 / a.n, b.std**2 / b.n
-    error = math.sqrt(sum(parts))
-    if error == 0:
-        return a.mean != b.mean
-    freedom = sum(parts) ** 2 / (parts[0] ** 2 / (a.n - 1) + parts[1] ** 2 / (b.n - 1))
-    t = T_975[min(max(int(freedom), 1), len(T_975)) - 1]
-    return abs(a.mean - b.mean) > t * error
+    error = float(np.std(gaps, ddof=1)) / math.sqrt(len(gaps))
+    t = T_975[min(len(gaps) - 1, len(T_975)) - 1]
+    return abs(float(np.mean(gaps))) > t * error
 
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps [n], values [n]
@@ -146,13 +154,15 @@ def mean_and_std(values_SX: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return known_SX.mean(0).filled(np.nan), std
 
 
-def specialisation(load_by_domain: dict[str, Any], num_moe: int) -> float | None:
-    """How far experts depend on the text's domain, 0 (not at all) to 1 (wholly).
+def specialisation_index(record: Record, num_moe: int) -> float | None:
+    """How far the choice of experts depends on the domain, in an evaluation.
 
     The mean over domains and MoE layers of the total variation distance between a
-    domain's distribution over experts and the average domain's. Ours; a single number
-    for what Figure 9 of arXiv:2412.19437 shows.
+    domain's distribution over experts and the average domain's: 0 if domains are
+    treated alike, 1 - 1/domains if no two share an expert. Ours; one number for what
+    figure 9 of arXiv:2412.19437 shows.
     """
+    load_by_domain = record.get("eval_load_by_domain") or {}
     loads = [np.asarray(load, float)[:num_moe] for load in load_by_domain.values()]
     loads = [load for load in loads if load.size and load.sum(-1).all()]
     if len(loads) < 2:

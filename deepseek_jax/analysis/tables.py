@@ -12,7 +12,7 @@ from deepseek_jax.analysis.seeds import (
     SUMMARY_FIELDS,
     Spread,
     differ,
-    specialisation,
+    specialisation_index,
     spread,
     summarize,
 )
@@ -34,12 +34,14 @@ Table = dict[str, dict[str, Spread | None]]
 
 def table(study: Study) -> Table:
     """For each setting, every measure's spread over its finished seeds."""
-    rows = {}
+    rows: Table = {}
     for label in study.labels:
-        found = [summarize(run) for run in study.of(label)]
-        rows[label] = {name: spread(row[name] for row in found) for name in MEASURES}
+        made = [summarize(run) for run in study.of(label)]
+        rows[label] = {
+            name: spread((row["seed"], row[name]) for row in made) for name in MEASURES
+        }
         rows[label]["specialisation"] = spread(
-            specialisation(run.final.get("eval_load_by_domain") or {}, run.num_moe)
+            (run.seed, specialisation_index(run.final, run.num_moe))
             for run in study.of(label)
             if run.final
         )
@@ -58,32 +60,26 @@ def verdict(study: Study) -> str:
     winner = best(rows, "eval_ce")
     if winner is None:
         return "Nothing to compare yet: fewer than two settings have a finished run."
-    first = rows[winner]["eval_ce"]
-    others = {
-        k: row["eval_ce"] for k, row in rows.items() if k != winner and row["eval_ce"]
-    }
-    seeds = sorted({first.n, *(s.n for s in others.values())})
+    losses = {label: row["eval_ce"] for label, row in rows.items() if row["eval_ce"]}
+    first = losses.pop(winner)
     text = f"Lowest validation loss: {winner}, {text_of('eval_ce', first)} nats"
-    if seeds == [1]:
+    counts = sorted({first.n, *(loss.n for loss in losses.values())})
+    if counts[-1] == 1:
         return (
             f"{text}. Every setting has one seed: nothing here says how large the "
             "spread between seeds is, so no difference in loss is a finding."
         )
-    counts = " to ".join(str(n) for n in sorted({seeds[0], seeds[-1]}))
-    text += f" ({counts} seeds). "
-    worse = [
-        f"{k} (+{s.mean - first.mean:.3f})"
-        for k, s in others.items()
-        if differ(first, s)
-    ]
-    same = [k for k, s in others.items() if not differ(first, s)]
+    text += f" ({' to '.join(map(str, sorted({counts[0], counts[-1]})))} seeds). "
+    worse = {k: loss for k, loss in losses.items() if differ(first, loss)}
+    same = [label for label in losses if label not in worse]
     if worse:
-        text += f"Worse beyond the spread of seeds: {', '.join(worse)}. "
+        gaps = (f"{k} (+{loss.mean - first.mean:.3f})" for k, loss in worse.items())
+        text += f"Worse beyond the spread of seeds: {', '.join(gaps)}. "
     if same:
         text += f"Not told apart from it: {', '.join(same)}. "
     return text + (
-        "Differences below the spread of seeds are not findings (Welch's test at 5 %, "
-        "not corrected for the number of comparisons)."
+        "Differences below the seed spread are not findings (paired t-test over seeds "
+        "at 5 %, not corrected for the number of comparisons)."
     )
 
 

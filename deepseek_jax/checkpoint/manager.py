@@ -65,7 +65,8 @@ def read_config(root: Path, step: int | None = None) -> dict[str, Any]:
         raise ValueError(f"{root} holds no whole checkpoint")
     with _checkpointer() as reader:
         args = ocp.args.Composite(config=ocp.args.JsonRestore())
-        return reader.restore(root / str(step), args=args)["config"]
+        config: dict[str, Any] = reader.restore(root / str(step), args=args)["config"]
+    return config
 
 
 def restore(

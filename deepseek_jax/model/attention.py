@@ -81,8 +81,12 @@ class GroupedQuery(nn.Module):
             y = Linear(count * dim, self.config, self.rt, name=name)(x_BLD)
             return y.reshape(*x_BLD.shape[:2], count, dim)
 
-        q_nope, q_rope = jnp.split(heads("q", at.num_heads, head_dim), [at.nope_dim], -1)
-        k_nope, k_rope = jnp.split(heads("k", self.kv_heads, head_dim), [at.nope_dim], -1)
+        q_nope, q_rope = jnp.split(
+            heads("q", at.num_heads, head_dim), [at.nope_dim], -1
+        )
+        k_nope, k_rope = jnp.split(
+            heads("k", self.kv_heads, head_dim), [at.nope_dim], -1
+        )
         v = heads("v", self.kv_heads, at.value_dim)
         with jax.named_scope("core"):
             out_BLHO = self.rt.attention(

@@ -59,7 +59,9 @@ class MoE(nn.Module):
             )
         y_BLD = y_TD.reshape(x_BLD.shape)
         if moe.num_shared:
-            shared = SwiGLU(moe.num_shared * hidden, self.config, self.rt, name="shared")
+            shared = SwiGLU(
+                moe.num_shared * hidden, self.config, self.rt, name="shared"
+            )
             y_BLD = y_BLD + shared(x_BLD)
         valid_T = context.valid_BL.reshape(-1)
         aux = Aux(

@@ -78,10 +78,14 @@ class Transformer(nn.Module):
             scanned = stack(DenseBlock, config.num_dense, (nn.broadcast, nn.broadcast))
             self.dense = scanned(config, rt)
         layers = Context(nn.broadcast, nn.broadcast, nn.broadcast, 0)
-        scanned = stack(MoEBlock, config.num_moe, (0, layers, nn.broadcast, nn.broadcast))
+        scanned = stack(
+            MoEBlock, config.num_moe, (0, layers, nn.broadcast, nn.broadcast)
+        )
         self.moe = scanned(config, rt, self.balancer)
         self.norm = RMSNorm(config)
-        self.mtp = [MTPModule(config, rt, self.balancer) for _ in range(config.mtp.depth)]
+        self.mtp = [
+            MTPModule(config, rt, self.balancer) for _ in range(config.mtp.depth)
+        ]
 
     def __call__(
         self,
@@ -109,7 +113,9 @@ class Transformer(nn.Module):
                 f"tokens of {tokens_BS.shape[1]} and positions of {length} columns ask for "
                 f"{depth} MTP modules; the model has {self.config.mtp.depth}"
             )
-        mark_BS = jnp.ones_like(tokens_BS) if valid_BS is None else valid_BS.astype(jnp.int32)
+        mark_BS = (
+            jnp.ones_like(tokens_BS) if valid_BS is None else valid_BS.astype(jnp.int32)
+        )
         if segment_BS is not None:
             mark_BS = mark_BS * segment_BS
         valid = [reaches(k, length, mark_BS) for k in range(depth + 1)]

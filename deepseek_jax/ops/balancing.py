@@ -124,8 +124,8 @@ def _entry(reader: Reader, i: int, parts: Any) -> Array:
 def mean_load(load_E: Array) -> tuple[Array, Array]:
     """The mean of int32 loads as whole + rest / E, both integers and 0 <= rest < E.
 
-    Neither the total nor E * load is formed: the latter overflows int32 at the report's
-    size (63M tokens x 8 slots on 256 experts).
+    Neither the total nor E * load is formed. At the report's size (63M tokens, 8 of 256
+    experts) the latter overflows int32 for an expert with over four times its share.
     """
     experts = load_E.shape[-1]
     rest = (load_E % experts).sum(dtype=load_E.dtype)

@@ -79,8 +79,8 @@ def node_limited(choice_TE: Array, moe: MoEConfig) -> Array:
 def normalized(s: Array) -> Array:
     """s >= 0 over its sum along the last axis; zeros where all of s is 0.
 
-    Scaled by the largest first, which cancels: the gradient divides by the square of the
-    sum, and would be NaN in f32 for sums below 1e-19. The scaled sum is at least 1.
+    Scaled by the largest first, which cancels: the gradient divides by the square of
+    the sum, so would be NaN in f32 below 1e-19. The scaled sum is at least 1.
     """
     largest = jax.lax.stop_gradient(s.max(-1, keepdims=True))
     s = s / jnp.where(largest > 0, largest, 1)

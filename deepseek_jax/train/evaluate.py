@@ -35,7 +35,9 @@ def make_evaluate_batch(
     config = parts.config
     length, experts = config.data.length, config.model.moe.num_experts
 
-    def evaluate_batch(params: Params, balance: Any, batch: Batch) -> tuple[Sums, Array]:
+    def evaluate_batch(
+        params: Params, balance: Any, batch: Batch
+    ) -> tuple[Sums, Array]:
         out = forward(parts, params, balance, batch, totals(parts, batch))
         rows = batch.tokens.shape[0]
         nll, targets = [], []
@@ -48,7 +50,10 @@ def make_evaluate_batch(
                 dot=parts.model.rt.dot,
             )
             mask_T = target_masks(parts, batch)[k].reshape(-1)
-            of_T = jax.nn.one_hot(batch.domain[:, span].reshape(-1), domains) * mask_T[:, None]
+            of_T = (
+                jax.nn.one_hot(batch.domain[:, span].reshape(-1), domains)
+                * mask_T[:, None]
+            )
             nll.append(nll_T @ of_T)
             targets.append(of_T.sum(0))
         chosen_RTK = out.aux.experts

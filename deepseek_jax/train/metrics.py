@@ -67,7 +67,7 @@ class Recorder:
         self.callback = callback
         self.elapsed_s = elapsed_s
         self.pending: tuple[int, Mapping[str, Any]] | None = None
-        self.restart_clock()
+        self.since = time.monotonic()
 
     def take(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Hands in a dispatched step; records the one before."""

@@ -133,7 +133,7 @@ def record_after(
     writers.cut_after(path, step)
     writers.cut_probes(workdir, step)
     seconds = [record.get("elapsed_s") or 0.0 for record in writers.read(path)]
-    sinks = [
+    sinks: list[writers.Writer] = [
         writers.JsonlWriter(path),
         writers.TensorBoardWriter(workdir / TENSORBOARD, step + 1),
     ]

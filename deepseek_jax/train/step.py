@@ -26,7 +26,8 @@ Metrics = dict[str, Array]
 def micro_batches(batch: Batch, parts: int) -> Batch:
     """[B, ...] -> [parts, B/parts, ...]; strided, so that a device keeps its own rows."""
     return jax.tree.map(
-        lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
+        lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1),
+        batch,
     )
 
 
@@ -35,7 +36,9 @@ def _summed(aux: Aux) -> tuple[Array, Any]:
     return aux.load, aux.stats
 
 
-def first_pass(parts: Parts, state: TrainState, batches: Batch, counts: Totals) -> Array:
+def first_pass(
+    parts: Parts, state: TrainState, batches: Batch, counts: Totals
+) -> Array:
     """Counts [R, E] over all micro-batches, for a penalty that needs the whole batch's."""
 
     def one(_: None, batch: Batch) -> tuple[None, Array]:
@@ -60,12 +63,16 @@ def accumulate(
     if parts.config.train.accumulation == 1:
         return one(jax.tree.map(lambda x: x[0], batches))
     first = jax.tree.map(lambda x: x[0], batches)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, first))
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, first)
+    )
     add = lambda total, batch: (jax.tree.map(jnp.add, total, one(batch)), None)  # noqa: E731
     return jax.lax.scan(add, zeros, batches)[0]
 
 
-def make_step(parts: Parts) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_step(
+    parts: Parts,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step; it donates the state. Metrics stay on the device."""
     config = parts.config
     mtp_weight = piecewise(config.optim.mtp_weight, config.optim.mtp_weight_changes)
@@ -78,13 +85,15 @@ def make_step(parts: Parts) -> Callable[[TrainState, Batch], tuple[TrainState, M
         grads, losses, (load_RE, stats) = accumulate(
             parts, state, batches, counts, mtp_weight(state.step)
         )
-        updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = parts.optimizer.update(
+            grads, state.opt_state, state.params
+        )
         balance = jax.vmap(parts.balancer.update, (0, 0, None))(
             state.balance, stats, state.step
         )
         metrics = {
             **losses._asdict(),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "lr": parts.learning_rate(state.step),
             "speed": parts.balancer.speed(state.step),
             "load": load_RE,

@@ -23,7 +23,7 @@ from experiments import common
 
 FILE = "sweep.json"
 WATCHED = ("loss", "maxvio_batch")
-SAFE_NAME = re.compile(r"[\w.+=,-]+")
+SAFE_NAME = re.compile(r"\w[\w.+=,-]*")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Folders of runs and sweeps as the trainer writes them, with made-up measurements.
 
-A run's numbers follow from its strategy and seed: loads drift from uneven to the strategy's
-level of balance, and losses fall. Shapes and fields are those of `metrics.jsonl`.
+A run's numbers follow from its strategy and seed: loads drift from uneven to the
+strategy's level of balance, and losses fall. Shapes and fields are the trainer's.
 """
 
 import json
@@ -60,7 +60,7 @@ def records(config: configs.Config, steps: int | None = None) -> list[dict[str, 
     direction_RE = rng.normal(size=shape)
     domain_tilt = {d: rng.normal(size=shape) * 0.4 for d in DOMAINS}
     lines = []
-    for step in range(1, (steps or total) + 1):
+    for step in range(1, (total if steps is None else steps) + 1):
         now = level + (start - level) * np.exp(-6 * step / total)
         tilt_RE = direction_RE * np.log1p(now) / 1.8
         load_RE = _load(rng, tilt_RE, TOKENS)

@@ -1,6 +1,6 @@
 """Documents: digests, deduplication, cutting."""
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from deepseek_jax.data.documents import (
@@ -15,6 +15,7 @@ LINES = st.lists(st.text("ab \n", max_size=30).map(lambda line: line + "\n"))
 
 
 @given(LINES, st.integers(1, 40))
+@example(["aaa\n", "\n", "bbbb\n", "cccccccc\n"], 10)
 def test_cutting_loses_nothing_and_keeps_the_limit(lines, limit):
     pieces = list(cut(lines, limit))
     assert "".join(pieces) == "".join(lines)

@@ -30,11 +30,13 @@ def test_blocks_hold_their_counts_and_read_each_dataset_in_order(counts, seed):
     ]
 
 
-def test_blocks_of_two_seeds_differ():
+def test_blocks_differ_by_seed_and_from_one_to_the_next():
+    def datasets(blocks, start):
+        return [blocks[start + i][0] for i in range(40)]
+
     one, two = (RandomBlocks((20, 20), seed) for seed in (0, 1))
-    first = [one[i] for i in range(40)]
-    assert first != [two[i] for i in range(40)]
-    assert first != [one[i] for i in range(40, 80)]
+    assert datasets(one, 0) != datasets(two, 0)
+    assert datasets(one, 0) != datasets(one, 40)
 
 
 def test_dealing_is_even_and_leaves_nothing_out(tmp_path):
@@ -75,6 +77,12 @@ def test_by_size_each_document_comes_once_an_epoch_in_a_new_order(tmp_path):
         assert sorted(epoch) == lane.tolist()
     assert epochs[0] != epochs[1] != epochs[2]
     assert epochs[0] != sorted(epochs[0])
+    for domain in range(3):
+        own = [
+            [number for number in epoch if store.index.domain_N[number] == domain]
+            for epoch in epochs
+        ]
+        assert own[0] != own[1] != own[2], "the order within a domain"
     again = numbers_of(store, lane_documents(store, lane, None, seed=5), 180)
     other = numbers_of(store, lane_documents(store, lane, None, seed=6), 180)
     assert again == order != other

@@ -135,6 +135,17 @@ def test_seeds_and_rows_differ(tmp_path):
     assert len({row.tobytes() for row in one.tokens}) == len(one.tokens)
 
 
+def test_lanes_do_not_change_domain_together(tmp_path):
+    """With texts of one length and equal shares, only the lanes' seeds can differ."""
+    rows = ({"text": f"{i:020}", "domain": "ab"[i % 2]} for i in range(200))
+    path = write_jsonl(tmp_path / "even.jsonl", rows)
+    config, _ = small_corpus(tmp_path)
+    config = dataclasses.replace(config, source=str(path), weights="a=1", length=200)
+    corpus = open_corpus(config, tmp_path / "cache")
+    (batch,), _ = batches(config, corpus, 1)
+    assert len({row.tobytes() for row in batch.domain}) == len(batch.domain)
+
+
 @pytest.mark.parametrize("depth", [0, 3])
 @pytest.mark.parametrize("mask", [True, False])
 def test_validation_predicts_every_held_out_token_once(tmp_path, depth, mask):

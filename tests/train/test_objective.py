@@ -42,6 +42,7 @@ def test_each_cross_entropy_is_the_mean_over_its_valid_targets(isolate, document
         loss, losses, aux, counts, out = everything(parts, state, batch)
         head = np.asarray(state.params["head"])
         hidden = [np.asarray(h) for h in (out.hidden_BLD, *out.mtp_JBLD)]
+        penalty = float(aux.penalty.sum())
     want = []
     for k, h in enumerate(hidden):
         logits = h @ head
@@ -55,7 +56,7 @@ def test_each_cross_entropy_is_the_mean_over_its_valid_targets(isolate, document
         want.append(np.mean(terms))
         assert int(counts.targets[k]) == len(terms)
     np.testing.assert_allclose([losses.ce, *losses.mtp_ce], want, rtol=1e-12)
-    total = want[0] + 0.3 * np.mean(want[1:]) + float(aux.penalty.sum())
+    total = want[0] + 0.3 * np.mean(want[1:]) + penalty
     assert float(loss) == pytest.approx(total, rel=1e-12)
     assert float(losses.penalty) > 0
 
@@ -79,7 +80,7 @@ def test_padding_changes_nothing():
             parts = assemble(setting)
             state = as_f64(init_state(parts, 0))
             loss, _, aux, _, _ = everything(parts, state, rows)
-            results.append((loss, aux.load, aux.penalty))
+            results.append(jax.device_get((loss, aux.load, aux.penalty)))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12),
         results[0],

@@ -54,7 +54,8 @@ class Command:
     def state(self, workdir):
         """The final state as plain arrays."""
         parts = assemble(resolve_horizon(config(self.corpus), None))
-        restored = manager.restore(workdir / "checkpoints", init_state(parts, 0))
+        like = jax.eval_shape(lambda: init_state(parts, 0))
+        restored = manager.restore(workdir / "checkpoints", like)
         assert restored.step == STEPS
         return [np.asarray(leaf) for leaf in jax.tree.leaves(restored.state)]
 
@@ -93,8 +94,10 @@ def test_the_whole_run_learns(command, whole):
     assert tokenizer.decode(tokenizer.encode("text")) == "text"
     [bias_RE, _] = balance
     np.testing.assert_array_equal(bias_RE, np.float32(lines[-1]["bias"]))
-    state = init_state(assemble(loaded), 0)
-    assert jax.tree.structure(params) == jax.tree.structure(state.params)
+    parts = assemble(loaded)
+    like = jax.eval_shape(lambda: init_state(parts, 0)).params
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), like)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == shapes
 
 
 def test_kills_at_random_steps_change_nothing(command, whole, tmp_path):

@@ -1,0 +1,54 @@
+"""The command that makes a report again: of a sweep, finished or not, and of a run."""
+
+import json
+
+import pytest
+
+from deepseek_jax.train import hooks
+from experiments import report
+from tests.analysis import synthetic
+
+
+def statuses(path):
+    return [row["status"] for row in json.loads((path / "summary.json").read_text())]
+
+
+def test_everything_is_made_again(tmp_path, capsys):
+    synthetic.write_sweep(tmp_path, ("none", "v3"), seeds=2, steps=8)
+    report.main([f"--workdir={tmp_path}"])
+    made = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert {"report.html", "summary.json", "summary.csv"} <= made
+    rows = json.loads((tmp_path / "summary.json").read_text())
+    assert [row["name"] for row in rows] == ["none-s0", "none-s1", "v3-s0", "v3-s1"]
+    assert all(row["eval_ce"] for row in rows)
+    said = capsys.readouterr().out
+    assert "2 seeds" in said and str(tmp_path / "report.html") in said
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_running_sweep_keeps_its_own_summary(lives, tmp_path, capsys):
+    synthetic.write_sweep(tmp_path, ("v3",), seeds=2, steps=8)
+    rows = json.loads((tmp_path / "summary.json").read_text())
+    rows[1]["status"] = "running"
+    (tmp_path / "summary.json").write_text(json.dumps(rows))
+    if lives:
+        with hooks.exclusive(tmp_path):
+            report.main([f"--workdir={tmp_path}"])
+    else:
+        report.main([f"--workdir={tmp_path}"])
+    assert statuses(tmp_path) == ["done", "running" if lives else "pending"]
+    assert ("still running" in capsys.readouterr().err) == lives
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_single_run(tmp_path):
+    path = synthetic.write_run(tmp_path / "run", synthetic.config(steps=8))
+    report.main([f"--workdir={path}"])
+    assert statuses(path) == ["done"]
+    assert (path / "report.html").exists()
+
+
+def test_a_folder_with_neither(tmp_path):
+    with pytest.raises(ValueError, match="neither a sweep nor a run"):
+        report.main([f"--workdir={tmp_path}"])
+    assert list(tmp_path.iterdir()) == []

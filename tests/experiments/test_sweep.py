@@ -1,0 +1,436 @@
+"""Sweeps: what is refused before the start, what is run, skipped, resumed and reported.
+
+Runs are those of `fake_train.py`; the last test trains for real.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from deepseek_jax.config import STRATEGIES, Config, to_dict
+from experiments import common
+from experiments.launch import local, plan
+from tests.train.corpus import write_corpus
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = "experiments/configs/tiny.py"
+SWEEP = '''"""Which is best?
+
+More about it.
+"""
+
+CONFIG = "{config}"
+
+
+def sweep(arg=None):
+    for strategy in ({strategies}):
+        for seed in range(2):
+            yield {{
+                "name": f"{{strategy}}-s{{seed}}",
+                "balance.strategy": strategy,
+                "seed": seed,
+                "train.steps": {steps},
+                **({{"data.batch": 8}} if arg == "small" else {{}}),
+            }}
+
+
+def metrics():
+    return ("ce", "maxvio_batch")
+'''
+
+
+@pytest.fixture(autouse=True)
+def in_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a sweep file: the example, with other strategies or steps, or any text."""
+
+    def write(
+        text: str = SWEEP, strategies: str = "'none', 'v3'", steps: int = 8
+    ) -> str:
+        path = tmp_path / "sweep_file.py"
+        if text is SWEEP:
+            text = text.format(config=TINY, strategies=strategies, steps=steps)
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def points(*each: dict, config: str = TINY) -> str:
+    return f'"""T."""\nCONFIG = {config!r}\ndef sweep():\n    yield from {each!r}\n'
+
+
+def fake(**modes: str) -> local.Command:
+    """The command of a fake run; `modes` by the run's name."""
+
+    def command(planned, item, folder):
+        config = json.dumps(item.record()["config"])
+        mode = modes.get(item.name.replace("-", "_"), "")
+        module = [sys.executable, "-m", "tests.experiments.fake_train"]
+        return [*module, config, str(folder), mode]
+
+    return command
+
+
+def rows_of(workdir: Path) -> dict[str, dict]:
+    return {
+        row["name"]: row for row in json.loads((workdir / "summary.json").read_text())
+    }
+
+
+def starts_of(workdir: Path, name: str) -> list[str]:
+    return (workdir / name / "starts").read_text().splitlines()
+
+
+def start(spec: str, workdir: Path, command=None, workers: int = 1) -> int:
+    planned = plan.load(spec)
+    plan.save(planned, workdir)
+    return local.run(planned, workdir, workers, command or fake())
+
+
+def test_a_sweep_file_becomes_a_plan(write):
+    planned = plan.load(write(), command="the command")
+    assert [item.name for item in planned.items] == [
+        "none-s0",
+        "none-s1",
+        "v3-s0",
+        "v3-s1",
+    ]
+    assert (planned.title, planned.about) == ("Which is best?", "More about it.")
+    assert planned.metrics == ("ce", "maxvio_batch")
+    third = planned.items[2]
+    assert (third.config.balance.strategy, third.config.seed) == ("v3", 0)
+    assert third.config.train.steps == 8
+    base = common.from_config_dict(plan.base_config(TINY))
+    assert third.config.model == base.model
+    assert plan.load(f"{write()}:small").items[0].config.data.batch == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (points({"balance.sped": 1e-2}), "run sped=0.01: .*'balance.speed'"),
+        (points({"model.moe.top_k": 9}), r"run top_k=9: model.moe.top_k = 9"),
+        (points({"balance": {}}), "balance"),
+        (points({"seed": "x"}), "seed=x"),
+        (points({"seed": 1}, {"seed": 1}), "2 runs are named 'seed=1'"),
+        (points({"name": "a/b"}), "'a/b'"),
+        (points({"name": ".."}), r"'\.\.'"),
+        (points(), "nothing to run"),
+        (
+            points({}, config="experiments/configs/tinny.py"),
+            "tinny.py: there is no such",
+        ),
+        ('"""T."""\nCONFIG = "x"\n', r"no function sweep\(\)"),
+        ('"""T."""\ndef sweep():\n    yield {}\n', "names no CONFIG"),
+    ],
+)
+def test_what_is_refused_before_the_start(text, message, write):
+    with pytest.raises(ValueError, match=message):
+        plan.load(write(text))
+
+
+def test_an_argument_that_a_sweep_does_not_take(write):
+    with pytest.raises(ValueError, match="takes no argument"):
+        plan.load(f"{write(points({}))}:smoke")
+    with pytest.raises(ValueError, match="there is no such file"):
+        plan.load("nowhere.py")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ({}, "base"),
+        ({"balance.strategy": "v3", "seed": 1}, "v3-seed=1"),
+        ({"balance.speed": 1e-4, "data.source": "a b/c"}, "speed=0.0001-source=a_b_c"),
+    ],
+)
+def test_default_names(overrides, name):
+    assert plan.default_name(overrides) == name
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 7),
+        ("balance.strategy", "aux_seq"),
+        ("balance.speed", 1e-5),
+        ("balance.speed", 0),
+        ("data.segment_mask", True),
+        ("data.weights", ""),
+        ("data.weights", "code=2,speech=1"),
+        ("balance.speed_changes", ((100, 1e-3), (200, 0.0))),
+        ("optim.mtp_weight_changes", ((5, 0.1),)),
+    ],
+)
+def test_the_command_line_says_what_was_checked(key, value, write, monkeypatch):
+    (item,) = plan.load(write(points({key: value}))).items
+    words = ["train", f"--config={TINY}", plan.flag(key, value)]
+    monkeypatch.setattr(sys, "argv", words)  # where ml_collections looks for overrides
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    values(words)
+    assert common.from_config_dict(holder.value) == item.config
+
+
+@pytest.mark.parametrize(
+    ("file", "count"),
+    [
+        ("demo.py", 4),
+        ("balancing.py", 33),
+        ("balancing.py:smoke", 4),
+        ("bias_rate.py", 24),
+    ],
+)
+def test_the_sweeps_of_this_repository(file, count):
+    planned = plan.load(f"experiments/sweeps/{file}")
+    assert len(planned.items) == count
+    assert planned.title.endswith("?")
+    assert f"python -m experiments.sweep --sweep=experiments/sweeps/{file[:4]}" in (
+        planned.about
+    )
+
+
+def test_the_balancing_sweep_has_every_strategy_and_seed():
+    items = plan.load("experiments/sweeps/balancing.py").items
+    found = {(item.config.balance.strategy, item.config.seed) for item in items}
+    assert found == {(strategy, seed) for strategy in STRATEGIES for seed in range(3)}
+
+
+def test_a_sweep_runs_and_a_second_start_has_nothing_to_do(write, tmp_path):
+    spec, workdir = write(), tmp_path / "out"
+    assert start(spec, workdir) == 0
+    rows = rows_of(workdir)
+    assert {row["status"] for row in rows.values()} == {"done"}
+    assert all(row["eval_ce"] and row["steps"] == 8 for row in rows.values())
+    assert (rows["v3-s1"]["strategy"], rows["v3-s1"]["seed"]) == ("v3", 1)
+    log = (workdir / "none-s0" / "log.txt").read_text()
+    assert log.startswith("$ ") and "fake_train" in log
+    assert start(spec, workdir) == 0
+    assert [len(starts_of(workdir, name)) for name in rows] == [1] * 4
+
+
+def test_one_failure_does_not_stop_the_others_and_resumes(write, tmp_path, capsys):
+    spec, workdir = write(), tmp_path / "out"
+    command = fake(none_s0="fail", none_s1="die", v3_s0="short")
+    assert start(spec, workdir, command) == 1
+    rows = rows_of(workdir)
+    states = [row["status"] for row in rows.values()]
+    assert states == ["failed", "failed", "failed", "done"]
+    assert rows["none-s0"]["steps"] == 3 and rows["none-s0"]["eval_ce"] is None
+    said = capsys.readouterr().err
+    assert "none-s0: FAILED: error: the disk is full" in said
+    assert "none-s1: FAILED: error: killed by SIGKILL" in said
+    assert "v3-s0: FAILED: error: ended without a final evaluation" in said
+    assert start(spec, workdir) == 0
+    assert {row["status"] for row in rows_of(workdir).values()} == {"done"}
+    resumed = [int(line.split()[0]) for line in starts_of(workdir, "none-s0")]
+    assert resumed[0] == 0 and resumed[1] >= 3
+    assert len(starts_of(workdir, "v3-s1")) == 1
+
+
+def test_runs_may_be_added_and_nothing_else_changed(write, tmp_path):
+    workdir = tmp_path / "out"
+    assert start(write(strategies="'none',"), workdir) == 0
+    assert start(write(), workdir) == 0
+    assert len(rows_of(workdir)) == 4
+    assert [len(starts_of(workdir, name)) for name in rows_of(workdir)] == [1] * 4
+    before = (workdir / "sweep.json").read_text()
+    for changed, message in (
+        (lambda: write(strategies="'v3',"), "'none-s0' isn't in this one"),
+        (lambda: f"{write()}:small", "data.batch = 16 there and 8 here"),
+        (lambda: write(steps=9), "train.steps = 8 there and 9 here"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            start(changed(), workdir)
+    assert (workdir / "sweep.json").read_text() == before
+
+
+def test_a_folder_of_a_single_run_is_refused(write, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="holds a single run"):
+        start(write(), tmp_path)
+
+
+def test_workers_share_the_cores(write, tmp_path):
+    workdir = tmp_path / "out"
+    assert start(write(), workdir, workers=2) == 0
+    cores = len(os.sched_getaffinity(0))
+    share = max(1, cores // 2)
+    for name in rows_of(workdir):
+        (line,) = starts_of(workdir, name)
+        assert int(line.split("=")[1]) in (share, cores - share)
+
+
+@pytest.mark.parametrize("workers", range(1, 12))
+def test_shares_are_even_and_use_every_core(workers, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(3, 10)))
+    shares = local.shares(workers)
+    assert len(shares) == workers
+    if workers > 1:
+        assert set().union(*shares) == set(range(3, 10))
+        sizes = [len(share) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_summary_is_whole_at_every_moment(write, tmp_path, monkeypatch):
+    """Every state that is written is one of the four, and valid JSON."""
+    seen = []
+    real = local.tables.write_summaries
+
+    def spy(path, rows):
+        real(path, rows)
+        seen.append(
+            [row["status"] for row in json.loads((path / "summary.json").read_text())]
+        )
+
+    monkeypatch.setattr(local.tables, "write_summaries", spy)
+    start(write(strategies="'none',"), tmp_path / "out", fake(none_s1="fail"))
+    assert seen == [
+        ["pending", "pending"],
+        ["running", "pending"],
+        ["done", "pending"],
+        ["done", "running"],
+        ["done", "failed"],
+    ]
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from experiments.launch import local, plan
+from tests.experiments.test_sweep import fake
+planned = plan.load(sys.argv[1])
+plan.save(planned, Path(sys.argv[2]))
+sys.exit(local.run(planned, Path(sys.argv[2]), 2, fake(none_s0="slow", none_s1="slow")))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_lets_the_runs_save_and_exits_130(number, write, tmp_path):
+    spec, workdir = write(), tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, spec, str(workdir)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    started = [workdir / name / "metrics.jsonl" for name in ("none-s0", "none-s1")]
+    while not all(path.exists() and path.stat().st_size for path in started):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "the same command goes on from here" in said
+    rows = rows_of(workdir)
+    assert {row["status"] for row in rows.values()} == {"pending"}
+    assert 1 <= rows["none-s0"]["steps"] < 8
+    assert start(spec, workdir) == 0
+    resumed = [int(line.split()[0]) for line in starts_of(workdir, "none-s0")]
+    assert len(resumed) == 2 and resumed[1] >= 1
+
+
+def test_a_follower_keeps_up_with_a_growing_and_a_cut_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    follower = local.Follower(path)
+    assert follower.latest() == {}
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
+    assert follower.latest()["step"] == 1
+    with path.open("a") as file:
+        file.write('ss": 2.0}\n{"step": 2, "eval_ce": 1.0}\n')
+    assert follower.latest() == {"step": 2, "loss": 2.0}
+    path.with_suffix(".new").write_text('{"step": 1, "loss": 3.5}\n')
+    path.with_suffix(".new").replace(path)
+    assert follower.latest() == {"step": 1, "loss": 3.5}
+
+
+def command_line(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.sweep", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--sweep"),
+        (("--sweep=nowhere.py", "--workdir=x"), "nowhere.py: there is no such file"),
+        (
+            ("--sweep=experiments/sweeps/demo.py", "--workdir=x", "--workers=0"),
+            "1 or more",
+        ),
+    ],
+)
+def test_bad_input_ends_with_2(arguments, message):
+    done = command_line(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (ROOT / "x").exists()
+
+
+@pytest.mark.slow
+def test_a_real_sweep(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    small = {
+        "data.source": str(corpus),
+        "data.tokenizer": "bytes",
+        "data.batch": 4,
+        "data.length": 32,
+        "model.vocab_size": 264,
+        "model.dim": 16,
+        "model.num_layers": 2,
+        "model.dense_dim": 16,
+        "model.moe.ffn_dim": 8,
+        "runtime.block": 8,
+    }
+    each = [
+        {"name": f"{strategy}-s{seed}", "balance.strategy": strategy, "seed": seed}
+        for strategy in ("none", "v3")
+        for seed in (0, 1)
+    ]
+    file = tmp_path / "small.py"
+    file.write_text(points(*(one | small for one in each), config=f"{TINY}:smoke"))
+    workdir = tmp_path / "out"
+    environment = {"DEEPSEEK_JAX_CACHE": str(tmp_path / "cache")}
+    arguments = (f"--sweep={file}", f"--workdir={workdir}")
+    done = command_line(*arguments, "--workers=2", **environment)
+    assert done.returncode == 0, done.stderr
+    assert "2 seeds" in done.stdout and "Report:" in done.stdout
+    rows = rows_of(workdir)
+    assert {row["status"] for row in rows.values()} == {"done"}
+    assert all(row["eval_ce"] > 0 and row["tokens_per_s"] > 0 for row in rows.values())
+    assert (workdir / "report.html").stat().st_size > 4e6
+    assert (workdir / "figures" / "overview.png").exists()
+    again = command_line(*arguments, **environment)
+    assert again.returncode == 0 and "4 of 4 runs are done already" in again.stderr
+    assert rows_of(workdir) == rows
+
+
+def test_the_config_saved_is_the_config_checked(write, tmp_path):
+    planned = plan.load(write())
+    plan.save(planned, tmp_path)
+    saved = json.loads((tmp_path / "sweep.json").read_text())
+    configs = [record["config"] for record in saved["runs"]]
+    expected = [json.loads(json.dumps(to_dict(item.config))) for item in planned.items]
+    assert configs == expected
+    assert common.from_config_dict(configs[0]) == planned.items[0].config
+    assert isinstance(planned.items[0].config, Config)
