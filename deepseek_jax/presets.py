@@ -1,4 +1,6 @@
-"""Model sizes by name, as `ModelConfig` values. A name is only a shorthand for its fields."""
+"""Model sizes by name, as `ModelConfig` values. A name is only a shorthand for its
+fields.
+"""
 
 from deepseek_jax.config import AttentionConfig, ModelConfig, MoEConfig, MTPConfig
 

@@ -1,8 +1,9 @@
-"""How the model is computed: the one seam between its definition and its implementations.
+"""How the model is computed: the one seam between its definition and its
+implementations.
 
 `Runtime()` is the plain single-device oracle. Every other runtime agrees with it to
-rounding. Build one per run from module-level functions: Linen and jit compare callables by
-identity, so a lambda made per call would recompile.
+rounding. Build one per run from module-level functions: Linen and jit compare callables
+by identity, so a lambda made per call would recompile.
 """
 
 import functools
@@ -32,11 +33,12 @@ def unconstrained(x: Array, name: str) -> Array:
 class Runtime:
     """The callables a model is computed with.
 
-    dot(x_TD, w_DF) -> [T, F], at least f32; grouped_dot(x_nbD, w_EDF, expert_n, used) ->
-    [n, b, F], block i by expert_n[i]; attention(q_nope_BLHN, q_rope_BLHR, k_nope_BSGN,
-    k_rope_BSgR, v_BSGO, segment_BL, scale=) -> [B, L, H, O]; experts(x_TD, weights_TK,
-    experts_TK, gate_EDF, up_EDF, down_EFD, grouped_dot=) -> [T, D]; constrain(x, name) -> x;
-    remat is a `jax.checkpoint` policy, or None to keep every residual.
+    dot(x_TD, w_DF) -> [T, F], at least f32; grouped_dot(x_nbD, w_EDF, expert_n, used)
+    -> [n, b, F], block i by expert_n[i]; attention(q_nope_BLHN, q_rope_BLHR,
+    k_nope_BSGN, k_rope_BSgR, v_BSGO, segment_BL, scale=) -> [B, L, H, O]; experts(x_TD,
+    weights_TK, experts_TK, gate_EDF, up_EDF, down_EFD, grouped_dot=) -> [T, D];
+    constrain(x, name) -> x; remat is a `jax.checkpoint` policy, or None to keep every
+    residual.
     """
 
     dot: Callable[[Array, Array], Array] = dot_f32

@@ -1,9 +1,10 @@
 """The shape legend: capital suffixes of array names, logical dimensions only.
 
 B batch · L query length · S key/cache length · T tokens (B*L) · D model · H heads ·
-N no-position head dim · R rotary head dim · X = N + R · O value head dim · Q query latent ·
-C kv latent · F ffn · E experts · G groups · K top-k · M routed slots (T*K) · V vocab ·
-J mtp depth. Lower case is the local shard (`e` = E/ep). Einsums use the same letters.
+N no-position head dim · R rotary head dim · X = N + R · O value head dim · Q query
+latent · C kv latent · F ffn · E experts · G groups · K top-k · M routed slots (T*K) · V
+vocab · J mtp depth. Lower case is the local shard (`e` = E/ep). Einsums use the same
+letters.
 """
 
 from typing import Any

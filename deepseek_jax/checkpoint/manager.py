@@ -26,6 +26,7 @@ from deepseek_jax.checkpoint.folders import (
     write_digests,
 )
 
+UNFINISHED = ".orbax-checkpoint-tmp*"  # appended by Orbax until a save is whole
 DAMAGED = ".damaged"  # appended to the name of a step that could not be restored
 SKIP = ocp.PLACEHOLDER  # stands for a leaf that `restore` is to leave out
 
@@ -159,6 +160,7 @@ class Checkpoints:
     ):
         self.root, self.kept, self.say = root.absolute(), keep_last + keep_best, say
         self.saving: int | None = None
+        self._remove_unfinished()  # Orbax can too, but only behind our back
         policies = ocp.checkpoint_managers
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics["eval_ce"],
@@ -172,7 +174,6 @@ class Checkpoints:
             item_names=ITEMS,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=keep,
-                cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
         )
@@ -255,8 +256,12 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Orbax calls it with all items on disk, under the folder's temporary name."""
-        [folder] = self.root.glob(f"{self.saving}.orbax-checkpoint-tmp*")
+        [folder] = self.root.glob(f"{self.saving}{UNFINISHED}")
         write_digests(folder)
+
+    def _remove_unfinished(self) -> None:
+        for folder in self.root.glob(f"*{UNFINISHED}"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -265,8 +270,7 @@ class Checkpoints:
         except Exception as error:
             if not is_disk_full(error):
                 raise
-            for rest in self.root.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(rest, ignore_errors=True)
+            self._remove_unfinished()
             good = newest_good(self.root)
             last = (
                 "there is none before it"

@@ -42,7 +42,9 @@ class MLA(nn.Module):
         return nope, rotate(rope, by)
 
     def latent(self, x_BLD: Array, by: Rotation) -> tuple[Array, Array]:
-        """What a cache holds: normed latent [B, L, C] and rotated shared key [B, L, 1, R]."""
+        """What a cache holds: normed latent [B, L, C] and rotated shared key [B, L, 1,
+        R].
+        """
         c_kv, k_rope = jnp.split(self.kv_a(x_BLD), [self.config.attention.kv_rank], -1)
         return self.kv_norm(c_kv), rotate(k_rope[:, :, None], by)
 

@@ -45,7 +45,9 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x), the dense layers' and the shared experts' feed-forward."""
+    """down(silu(gate x) * up x), the dense layers' and the shared experts' feed-
+    forward.
+    """
 
     hidden: int
     config: ModelConfig

@@ -1,9 +1,9 @@
 """Multi-token prediction modules (arXiv:2412.19437, section 2.2, equations 21-23).
 
-Module k reads h^{k-1}_i and the embedding of token i+k and predicts token i+k+1; embedding
-and head belong to the main model. We project [hidden; embedding] as the paper prints it
-(released checkpoints store the other order). With packed documents an embedding from
-another document is replaced by zeros, so nothing crosses.
+Module k reads h^{k-1}_i and the embedding of token i+k and predicts token i+k+1;
+embedding and head belong to the main model. We project [hidden; embedding] as the paper
+prints it (released checkpoints store the other order). With packed documents an
+embedding from another document is replaced by zeros, so nothing crosses.
 """
 
 from typing import Any
@@ -22,7 +22,9 @@ from deepseek_jax.typing import Array
 
 
 class MTPModule(nn.Module):
-    """One prediction depth: combine, one MoE block, its own norm before the shared head."""
+    """One prediction depth: combine, one MoE block, its own norm before the shared
+    head.
+    """
 
     config: ModelConfig
     rt: Runtime
@@ -38,7 +40,9 @@ class MTPModule(nn.Module):
         by: Rotation,
         segment_BL: Array | None,
     ) -> tuple[Array, Array, Aux]:
-        """Returns the block's output, the same normed for the head, and the router's report."""
+        """Returns the block's output, the same normed for the head, and the router's
+        report.
+        """
         config, rt = self.config, self.rt
         embedding_BLD = jnp.where(context.valid_BL[..., None], embedding_BLD, 0)
         both = jnp.concatenate(

@@ -1,10 +1,11 @@
 """How tokens reach their experts and come back: DeepSeekMoE's sum_k w_k FFN_k(x).
 
-Equation 12 of arXiv:2412.19437 for the routed experts. `experts_dense` runs every expert
-on every token and is the oracle; `experts_blocks` sorts the T*K routed slots by expert
-into blocks of rows padded to a whole number of blocks (MegaBlocks, arXiv:2211.15841), so
-that no token is ever dropped. The routing weight multiplies the activation before the
-down projection, which is the same sum and saves keeping the expert outputs.
+Equation 12 of arXiv:2412.19437 for the routed experts. `experts_dense` runs every
+expert on every token and is the oracle; `experts_blocks` sorts the T*K routed slots by
+expert into blocks of rows padded to a whole number of blocks (MegaBlocks,
+arXiv:2211.15841), so that no token is ever dropped. The routing weight multiplies the
+activation before the down projection, which is the same sum and saves keeping the
+expert outputs.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,9 @@
 """Cross entropy over a large vocabulary without ever holding all logits.
 
-The head's product, softmax and gradient are taken `chunk` positions at a time, so memory
-is chunk x V instead of T x V. Under differentiation each chunk's gradient is computed
-right after its logits, in the forward pass: it costs the same three products as plain
-autodiff (a rematerialised chunk costs four) and keeps only dh_TD and dhead_DV.
+The head's product, softmax and gradient are taken `chunk` positions at a time, so
+memory is chunk x V instead of T x V. Under differentiation each chunk's gradient is
+computed right after its logits, in the forward pass: it costs the same three products
+as plain autodiff (a rematerialised chunk costs four) and keeps only dh_TD and dhead_DV.
 """
 
 import functools

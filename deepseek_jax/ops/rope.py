@@ -1,10 +1,10 @@
 """Rotary position embedding with YaRN (arXiv:2412.19437, sections 2.1.1 and 4.3).
 
-Frequencies and the temperature of the softmax follow DeepSeek's released inference code,
-cos/sin magnitudes the Hugging Face configuration's `mscale / mscale_all_dim`. A rotated
-vector is stored as two halves (all even, then all odd numbers of the released layout):
-query-key products are equal and no strided access is needed; checkpoints on disk hold
-interleaved pairs.
+Frequencies and the temperature of the softmax follow DeepSeek's released inference
+code, cos/sin magnitudes the Hugging Face configuration's `mscale / mscale_all_dim`. A
+rotated vector is stored as two halves (all even, then all odd numbers of the released
+layout): query-key products are equal and no strided access is needed; checkpoints on
+disk hold interleaved pairs.
 """
 
 import math
@@ -25,7 +25,9 @@ class Rotation(NamedTuple):
 
 
 def frequencies(config: RopeConfig, dim: int) -> np.ndarray:
-    """Radians per position, [dim/2] in float64. YaRN blends f and f/factor by wavelength."""
+    """Radians per position, [dim/2] in float64. YaRN blends f and f/factor by
+    wavelength.
+    """
     base = config.theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     if config.factor == 1.0:
         return base
@@ -66,7 +68,9 @@ def rotation(
 
 
 def rotate(x_BLHR: Array, by: Rotation) -> Array:
-    """Turns the pairs (i, i + R/2) of every head [B, L, H, R] by their position's angle."""
+    """Turns the pairs (i, i + R/2) of every head [B, L, H, R] by their position's
+    angle.
+    """
     even, odd = jnp.split(x_BLHR, 2, -1)
     cos, sin = by.cos[:, :, None], by.sin[:, :, None]
     return jnp.concatenate([even * cos - odd * sin, odd * cos + even * sin], -1)

@@ -1,8 +1,8 @@
 """The device mesh and the shardings of a training step.
 
-Parameters are replicated and rows split over `data`; XLA inserts the sums, so that loss,
-loads and biases are those of the whole batch (arXiv:2412.19437, section 3.2 uses the same
-data axis beside pipeline and expert ones).
+Parameters are replicated and rows split over `data`; XLA inserts the sums, so that
+loss, loads and biases are those of the whole batch (arXiv:2412.19437, section 3.2 uses
+the same data axis beside pipeline and expert ones).
 """
 
 import jax

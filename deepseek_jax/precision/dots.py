@@ -1,9 +1,9 @@
 """The matmuls a Runtime may use for weights; each takes two 2-D operands.
 
-`dot_plain` is the oracle. `dot_f32` is the same product with a backward pass that suits a
-CPU. `dot_bf16` rounds the operands of all three products (forward, data gradient, weight
-gradient) to bfloat16 and sums in float32: the mixed precision that section 3.3 of
-arXiv:2412.19437 compares FP8 with; master weights and elementwise work stay float32.
+`dot_plain` is the oracle. `dot_f32` is the same product with a backward pass that suits
+a CPU. `dot_bf16` rounds the operands of all three products (forward, data gradient,
+weight gradient) to bfloat16 and sums in float32: the mixed precision that section 3.3
+of arXiv:2412.19437 compares FP8 with; master weights and elementwise work stay float32.
 """
 
 import jax.numpy as jnp

@@ -1,7 +1,7 @@
 """Evaluation over the whole validation set: losses and routing, by layer and by domain.
 
-Loads are integer counts of valid tokens summed over the set, so MaxVio_global is the one of
-arXiv:2408.15664 (the load of the whole set, then the violation).
+Loads are integer counts of valid tokens summed over the set, so MaxVio_global is the
+one of arXiv:2408.15664 (the load of the whole set, then the violation).
 """
 
 from collections.abc import Callable, Iterable
@@ -89,7 +89,8 @@ def evaluate(
     domains: tuple[str, ...],
     previous: np.ndarray | None = None,
 ) -> Evaluation:
-    """Runs over `batches`; `previous` is the last evaluation's probe, for routing flips.
+    """Runs over `batches`; `previous` is the last evaluation's probe, for routing
+    flips.
 
     Raises:
       ValueError: there is no validation batch.

@@ -1,8 +1,8 @@
 """The training loss (arXiv:2412.19437, sections 2.1.2, 2.2; equations 17-20, 24, 25).
 
 Each cross entropy is a sum over its valid targets divided by their number in the whole
-global batch, and each penalty a share of the whole batch's, so micro-batches simply add.
-With full targets the MTP denominator is the paper's T.
+global batch, and each penalty a share of the whole batch's, so micro-batches simply
+add. With full targets the MTP denominator is the paper's T.
 """
 
 from typing import Any, NamedTuple
@@ -34,8 +34,8 @@ def marks(batch: Batch, isolate: bool) -> Array:
 def target_masks(parts: Parts, batch: Batch) -> list[Array]:
     """Per depth, the positions [B, L] whose target counts.
 
-    Token i+k+1 must be a marked target of the document of position i; every input of the
-    MTP chain lies between the two, so nothing crosses a document.
+    Token i+k+1 must be a marked target of the document of position i; every input of
+    the MTP chain lies between the two, so nothing crosses a document.
     """
     length = parts.config.data.length
     mark_BS = marks(batch, parts.config.data.segment_mask)

@@ -1,7 +1,7 @@
 """What a run is made of (`Parts`) and what changes from step to step (`TrainState`).
 
-The balancer's state stands beside the parameters, outside the optimizer: no gradient, no
-decay, never below float32 (arXiv:2412.19437, section 2.1.2).
+The balancer's state stands beside the parameters, outside the optimizer: no gradient,
+no decay, never below float32 (arXiv:2412.19437, section 2.1.2).
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """One optimizer step: gradients, AdamW, then one update of the balancer.
 
-Loads and statistics are summed over every micro-batch and device and only then turned into
-one update (arXiv:2412.19437, section 2.1.2), which makes it independent of both.
+Loads and statistics are summed over every micro-batch and device and only then turned
+into one update (arXiv:2412.19437, section 2.1.2), which makes it independent of both.
 """
 
 from collections.abc import Callable
@@ -66,7 +66,8 @@ def accumulate(
     zeros = jax.tree.map(
         lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, first)
     )
-    add = lambda total, batch: (jax.tree.map(jnp.add, total, one(batch)), None)  # noqa: E731
+    # noqa: E731
+    add = lambda total, batch: (jax.tree.map(jnp.add, total, one(batch)), None)
     return jax.lax.scan(add, zeros, batches)[0]
 
 

@@ -161,6 +161,7 @@ def test_default_names(overrides, name):
     assert plan.default_name(overrides) == name
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -1,8 +1,8 @@
 """The bias update is the paper's on any mesh, accumulation and rematerialisation.
 
-Twenty steps on the same global batches, in float64 so that rounding cannot flip a tie: the
-biases must come out bitwise equal (arXiv:2412.19437, section 2.1.2; peers count one shard
-or one micro-batch, or count twice under rematerialisation).
+Twenty steps on the same global batches, in float64 so that rounding cannot flip a tie:
+the biases must come out bitwise equal (arXiv:2412.19437, section 2.1.2; peers count one
+shard or one micro-batch, or count twice under rematerialisation).
 """
 
 import dataclasses

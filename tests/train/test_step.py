@@ -28,7 +28,9 @@ def first_steps(config, count=2):
 
 
 def test_first_steps_are_golden():
-    """If the mathematics was meant to change, write `records` to tests/golden and say why."""
+    """If the mathematics was meant to change, write `records` to tests/golden and say
+    why.
+    """
     _, records = first_steps(small(depth=2))
     golden = json.loads(GOLDEN.read_text())
     for got, want in zip(records, golden, strict=True):

@@ -102,6 +102,7 @@ def test_a_full_disk_is_told():
     writer = JsonlWriter(Path("/dev/full"))
     with pytest.raises(DiskFull, match=r"disk is full: step 7 .*run the same command"):
         writer.write(7, {"loss": 1.0})
+    writer.close()
 
 
 def test_tensorboard_gets_scalars_lists_and_dicts_but_no_tables():
