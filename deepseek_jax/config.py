@@ -1,9 +1,9 @@
 """Every setting of a run as nested frozen dataclasses, checked when they are made.
 
-Names and defaults follow DeepSeek-V3 (arXiv:2412.19437, sections 2 and 4.2) where it gives
-one. `ModelConfig` says what is computed; `RuntimeConfig` and `MeshConfig` say how, and may
-change between a run and its continuation; `signature` is what may not. Architecture is
-chosen by these fields, never by a model's name.
+Names and defaults follow DeepSeek-V3 (arXiv:2412.19437, sections 2 and 4.2) where it
+gives one. `ModelConfig` says what is computed; `RuntimeConfig` and `MeshConfig` say
+how, and may change between a run and its continuation; `signature` is what may not.
+Architecture is chosen by these fields, never by a model's name.
 """
 
 import dataclasses
@@ -91,9 +91,9 @@ class RopeConfig:
 class AttentionConfig:
     """MLA (section 2.1.1) or the baselines it is compared with.
 
-    A query/key head has `nope_dim` unrotated and `rope_dim` rotated numbers, a value head
-    `value_dim`, for every kind. `q_rank` = 0 leaves the query uncompressed; the ranks
-    matter to `mla` only, `kv_heads` to `gqa` only.
+    A query/key head has `nope_dim` unrotated and `rope_dim` rotated numbers, a value
+    head `value_dim`, for every kind. `q_rank` = 0 leaves the query uncompressed; the
+    ranks matter to `mla` only, `kv_heads` to `gqa` only.
     """
 
     kind: str = "mla"
@@ -130,7 +130,7 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """DeepSeekMoE (section 2.1.2): routed and shared experts, group-limited selection."""
+    """DeepSeekMoE (section 2.1.2): routed and shared experts, node-limited routing."""
 
     num_experts: int = 256
     top_k: int = 8
@@ -170,7 +170,7 @@ class MoEConfig:
             self.top_k <= reachable,
             f"{at}.top_k",
             self.top_k,
-            f"must be at most {reachable}, the experts in the {self.keep_groups} kept groups",
+            f"must be at most {reachable}, the experts of {self.keep_groups} groups",
         )
         _check(
             self.num_groups == 1
@@ -184,7 +184,9 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class MTPConfig:
-    """Multi-token prediction (section 2.2); `input_norm`: h^0 is taken after the final norm."""
+    """Multi-token prediction (section 2.2); `input_norm`: h^0 is taken after the final
+    norm.
+    """
 
     depth: int = 0
     input_norm: bool = True
@@ -195,7 +197,9 @@ class MTPConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is computed. The first `num_dense` layers have a dense SwiGLU, the rest a MoE."""
+    """What is computed. The first `num_dense` layers have a dense SwiGLU, the rest a
+    MoE.
+    """
 
     vocab_size: int = 129_280
     dim: int = 7168
@@ -273,8 +277,8 @@ class DataConfig:
 class OptimConfig:
     """AdamW, its learning rate, and the weight of the MTP losses (section 4.2).
 
-    `horizon` is the step at which the learning-rate schedule ends; 0 takes `train.steps`
-    of the run's first start.
+    `horizon` is the step at which the learning-rate schedule ends; 0 takes
+    `train.steps` of the run's first start.
     """
 
     lr: float = 2.2e-4
@@ -306,8 +310,8 @@ class BalanceConfig:
 
     `speed` is u (gamma in the report) of the bias strategies, `alpha` the weight of the
     auxiliary loss, `z_weight` of the router z-loss. `biased_topk` counts the loss's f_i
-    from s + b instead of the printed s (equation 18). `freeze_step` sets u to 0 from that
-    step on for `loss_free_frozen`.
+    from s + b instead of the printed s (equation 18). `freeze_step` sets u to 0 from
+    that step on for `loss_free_frozen`.
     """
 
     strategy: str = "v3"
@@ -401,7 +405,9 @@ class Config:
 
 
 def signature(config: Config) -> dict[str, typing.Any]:
-    """The fields that change the mathematics: a run may only be resumed when they match."""
+    """The fields that change the mathematics: a run may only be resumed when they
+    match.
+    """
     names = ("model", "data", "optim", "balance", "seed")
     return {name: to_dict(config)[name] for name in names}
 
@@ -414,7 +420,8 @@ def to_dict(config: typing.Any) -> dict[str, typing.Any]:
 def from_dict[T](
     cls: type[T], values: typing.Mapping[str, typing.Any], at: str = ""
 ) -> T:
-    """Builds a config dataclass from a nested mapping; keys left out keep their default.
+    """Builds a config dataclass from a nested mapping; keys left out keep their
+    default.
 
     Raises:
       ValueError: an unknown key (the nearest known one is named), a value of another
@@ -433,7 +440,7 @@ def from_dict[T](
 
 
 def _parse(hint: typing.Any, value: typing.Any, name: str) -> typing.Any:
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         _check(hasattr(value, "items"), name, value, "must be a group of settings")
         return from_dict(hint, value, name)
     if isinstance(hint, types.GenericAlias):

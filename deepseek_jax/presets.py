@@ -25,7 +25,7 @@ def tiny() -> ModelConfig:
 
 
 def mini() -> ModelConfig:
-    """The replica for numerics and speed: 8 heads, 16 experts, top-4 in 2 of 4 groups."""
+    """The replica for numerics and speed: 16 experts, top-4 in 2 of 4 groups."""
     return ModelConfig(
         vocab_size=8192,
         dim=256,

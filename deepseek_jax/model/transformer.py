@@ -1,7 +1,8 @@
 """DeepSeek-V3 as one Linen module (arXiv:2412.19437, section 2).
 
-Embedding, a scanned stack of dense blocks, a scanned stack of MoE blocks, the final norm,
-and the MTP chain. It ends at hidden states: logits are the caller's, in chunks if it likes.
+Embedding, a scanned stack of dense blocks, a scanned stack of MoE blocks, the final
+norm, and the MTP chain. It ends at hidden states: logits are the caller's, in chunks if
+it likes.
 """
 
 from typing import Any, NamedTuple
@@ -42,7 +43,7 @@ class Output(NamedTuple):
 
 
 def reaches(k: int, length: int, mark_BS: Array) -> Array:
-    """Where position i and position i+k carry the same non-zero mark, bool [B, length]."""
+    """Where positions i and i+k carry the same non-zero mark, bool [B, length]."""
     here, there = mark_BS[:, :length], mark_BS[:, k : k + length]
     return (here > 0) & (here == there)
 
@@ -99,18 +100,18 @@ class Transformer(nn.Module):
         """Runs the main model over L positions and S - L MTP modules over the same.
 
         Args:
-          tokens_BS: token ids, S = L + the number of MTP modules to run.
-          position_BL: positions for RoPE.
-          balance: balancer state with a leading axis over the R routers.
-          segment_BS: document numbers; attention and MTP stay inside one. None: no bounds.
-          valid_BS: False at padding, which no load or penalty counts. None: all real.
-          totals: global counts that penalties divide by. None: this batch is all there is.
+          tokens_BS: token ids, S = L + the number of MTP modules to run. position_BL:
+          positions for RoPE. balance: balancer state with a leading axis over the R
+          routers. segment_BS: document numbers; attention and MTP stay inside one.
+          None: no bounds. valid_BS: False at padding, which no load or penalty counts.
+          None: all real. totals: global counts that penalties divide by. None: this
+          batch is all there is.
         """
         length = position_BL.shape[1]
         depth = tokens_BS.shape[1] - length
         if not 0 <= depth <= self.config.mtp.depth:
             raise ValueError(
-                f"tokens of {tokens_BS.shape[1]} and positions of {length} columns ask for "
+                f"{tokens_BS.shape[1]} columns of tokens, {length} positions ask for "
                 f"{depth} MTP modules; the model has {self.config.mtp.depth}"
             )
         mark_BS = (
@@ -157,7 +158,9 @@ class Transformer(nn.Module):
 
 
 def count(valid: list[Array]) -> Totals:
-    """Totals of one batch, from the valid positions [B, L] of the main model and each MTP."""
+    """Totals of one batch, from the valid positions [B, L] of the main model and each
+    MTP.
+    """
     tokens = jnp.stack([v.sum() for v in valid])
     rows = jnp.stack([v.any(1).sum() for v in valid])
     return Totals(tokens, tokens, rows)

@@ -83,7 +83,7 @@ take_rows.defvjp(_take_forward, _take_backward)
 
 @jax.custom_vjp
 def sum_rows(y_nbD: Array, placed: Layout) -> Array:
-    """Adds each token's K rows: [T, D]. The transpose of `take_rows`, as a gather too."""
+    """Adds each token's K rows: [T, D]. The transpose of `take_rows`, also a gather."""
     return jnp.take(y_nbD.reshape(-1, y_nbD.shape[-1]), placed.row_TK, axis=0).sum(1)
 
 
@@ -155,7 +155,7 @@ def experts_dense(
     *,
     grouped_dot: GroupedDot,
 ) -> Array:
-    """The oracle: every expert on every token, as E blocks of T rows. Same signature."""
+    """The oracle: every expert on every token, as E blocks of T rows."""
     num_experts = len(gate_EDF)
     everyone_n = jnp.arange(num_experts, dtype=jnp.int32)
     used = jnp.asarray(num_experts)

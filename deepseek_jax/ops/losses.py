@@ -54,7 +54,7 @@ def token_nll(
 
 
 def _padded(chunk: int, *arrays: Array) -> tuple[Array, ...]:
-    """Pads the leading axis with zeros to a whole number of chunks (or one short one)."""
+    """Pads the leading axis with zeros to whole chunks (or to one short one)."""
     size = len(arrays[0])
     extra = -size % min(chunk, size)
     return tuple(jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1)) for x in arrays)

@@ -33,7 +33,7 @@ def frequencies(config: RopeConfig, dim: int) -> np.ndarray:
         return base
 
     def turns(rotations: float) -> float:
-        """The (fractional) index whose wave turns `rotations` times in original_length."""
+        """Fractional index whose wave turns `rotations` times in original_length."""
         wave = config.original_length / (2 * math.pi * rotations)
         return dim * math.log(wave) / (2 * math.log(config.theta))
 

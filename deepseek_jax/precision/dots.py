@@ -27,5 +27,5 @@ def dot_f32(x_TD: Array, w_DF: Array) -> Array:
 
 
 def dot_bf16(x_TD: Array, w_DF: Array) -> Array:
-    """x @ w with operands rounded to bfloat16, summed and returned in float32: [T, F]."""
+    """x @ w with operands rounded to bfloat16, summed in float32: [T, F]."""
     return dot(x_TD, w_DF, jnp.bfloat16)

@@ -116,7 +116,9 @@ def evaluate(
 
 
 def summarise(sums: Sums, main: int, domains: tuple[str, ...]) -> dict[str, Any]:
-    """The `eval_` metrics of summed batches; `main` routers belong to the main model."""
+    """The `eval_` metrics of summed batches; the first `main` routers are the main
+    model's.
+    """
     seen = [d for d in range(len(domains)) if sums.targets[0, d] > 0]
     ce_J = sums.nll.sum(1) / np.maximum(sums.targets.sum(1), 1)
     load_RE = sums.load.sum(1)

@@ -92,7 +92,7 @@ def objective(
     totals: Totals,
     mtp_weight: Array,
 ) -> tuple[Array, tuple[Losses, Any]]:
-    """Loss of a micro-batch as its share of the global batch's; the rest is auxiliary."""
+    """A micro-batch's share of the global batch's loss; the rest is auxiliary."""
     length = parts.config.data.length
     out = forward(parts, params, balance, batch, totals)
     hidden = (out.hidden_BLD, *out.mtp_JBLD)

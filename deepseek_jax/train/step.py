@@ -24,7 +24,7 @@ Metrics = dict[str, Array]
 
 
 def micro_batches(batch: Batch, parts: int) -> Batch:
-    """[B, ...] -> [parts, B/parts, ...]; strided, so that a device keeps its own rows."""
+    """[B, ...] -> [parts, B/parts, ...]; strided: a device keeps its own rows."""
     return jax.tree.map(
         lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1),
         batch,
@@ -39,7 +39,7 @@ def _summed(aux: Aux) -> tuple[Array, Any]:
 def first_pass(
     parts: Parts, state: TrainState, batches: Batch, counts: Totals
 ) -> Array:
-    """Counts [R, E] over all micro-batches, for a penalty that needs the whole batch's."""
+    """Counts [R, E] over all micro-batches, for a penalty that needs them."""
 
     def one(_: None, batch: Batch) -> tuple[None, Array]:
         aux = forward(parts, state.params, state.balance, batch, counts).aux
@@ -51,7 +51,7 @@ def first_pass(
 def accumulate(
     parts: Parts, state: TrainState, batches: Batch, counts: Totals, mtp_weight: Array
 ) -> tuple[Params, Losses, tuple[Array, Any]]:
-    """Gradients, losses, loads and statistics summed over the leading micro-batch axis."""
+    """Gradients, losses, loads and statistics, summed over micro-batches."""
     grad = jax.value_and_grad(objective, argnums=1, has_aux=True)
 
     def one(batch: Batch) -> tuple[Params, Losses, tuple[Array, Any]]:
@@ -66,8 +66,10 @@ def accumulate(
     zeros = jax.tree.map(
         lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, first)
     )
-    # noqa: E731
-    add = lambda total, batch: (jax.tree.map(jnp.add, total, one(batch)), None)
+
+    def add(total: Any, batch: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, one(batch)), None
+
     return jax.lax.scan(add, zeros, batches)[0]
 
 

@@ -1,1 +1,3 @@
-"""Causal attention whose value heads are narrower than its query/key heads (MLA, MHA, GQA)."""
+"""Causal attention whose value heads are narrower than its query/key heads (MLA, MHA,
+GQA).
+"""

@@ -2,12 +2,12 @@
 
 Equations 9 and 10 of arXiv:2412.19437: scores of a head are the dot product of the
 unrotated parts plus that of the rotated parts, whose key may be shared by all heads.
-The tiled form is FlashAttention-2's (arXiv:2307.08691): online softmax over tiles, output
-and log-sum-exp saved, probabilities recomputed in the backward pass; tiles above the
-diagonal are never computed. Softmax is at least float32 whatever the operands are.
+The tiled form is FlashAttention-2's (arXiv:2307.08691): online softmax over tiles,
+output and log-sum-exp saved, probabilities recomputed in the backward pass; tiles above
+the diagonal are never computed. Softmax is at least float32 whatever the operands are.
 
-Shapes: B batch, L = S length, H query heads, G key heads (G divides H), g rotary key heads
-(1 or G), N unrotated, R rotated, X = N + R, O value width.
+Shapes: B batch, L = S length, H query heads, G key heads (G divides H), g rotary key
+heads (1 or G), N unrotated, R rotated, X = N + R, O value width.
 """
 
 import functools
@@ -135,7 +135,7 @@ class Tiles(NamedTuple):
     pieces: int  # loop trips over the leading (batch x key head) axis
 
 
-# Scores that exist at once in a trip of the loop over pieces: they should fit the cache.
+# Scores that exist at once in a trip of the loop over pieces should fit the cache.
 _SCORES = 1 << 19
 _MAX_CHUNKS = 16
 
@@ -157,7 +157,7 @@ def _tiles(length: int, repeat: int, leading: int, chunk: int) -> Tiles:
 
 
 class Operands(NamedTuple):
-    """Heads of one piece: q [p, L*repeat, X], k [p, L, X], v [p, L, O], segment [p, L]."""
+    """One piece: q [p, L*repeat, X], k [p, L, X], v [p, L, O], segment [p, L]."""
 
     q: Array
     k: Array
@@ -181,21 +181,26 @@ def _chunk_forward(
     chunk: tuple[Tile, ...], repeat: int, x: Operands
 ) -> tuple[Array, Array]:
     """Output and log-sum-exp of one query chunk, by online softmax over its tiles."""
-    out = total = top = None
-    for tile in chunk:  # the diagonal's comes first, so that the maximum is finite
+    diagonal, *rest = chunk  # its own tile first, so that the maximum is finite
+    s = _scores(diagonal, repeat, x)
+    top = s.max(-1, keepdims=True)
+    out, total = _tile_forward(diagonal, s, top, x)
+    for tile in rest:
         s = _scores(tile, repeat, x)
-        peak = s.max(-1, keepdims=True)
-        peak = peak if top is None else jnp.maximum(top, peak)
-        p = jnp.exp(s - peak)
-        mass = p.sum(-1, keepdims=True)
-        part = product(p.astype(x.v.dtype), x.v[:, tile.low : tile.high])
-        if top is None:
-            out, total = part, mass
-        else:
-            shrink = jnp.exp(top - peak)
-            out, total = out * shrink + part, total * shrink + mass
-        top = peak
+        peak = jnp.maximum(top, s.max(-1, keepdims=True))
+        part, mass = _tile_forward(tile, s, peak, x)
+        shrink = jnp.exp(top - peak)
+        out, total, top = out * shrink + part, total * shrink + mass, peak
     return out / total, top + jnp.log(total)
+
+
+def _tile_forward(
+    tile: Tile, s: Array, peak: Array, x: Operands
+) -> tuple[Array, Array]:
+    """A tile's share of the output and of the probability mass, over exp(peak)."""
+    p = jnp.exp(s - peak)
+    part = product(p.astype(x.v.dtype), x.v[:, tile.low : tile.high])
+    return part, p.sum(-1, keepdims=True)
 
 
 def _forward_piece(tiles: Tiles, x: Operands) -> tuple[Array, Array]:

@@ -1,9 +1,9 @@
 """Block-grouped matmul: block i of `b` rows times the weights of expert `expert_n[i]`.
 
-The layout is that of dropless MoE kernels (MegaBlocks, arXiv:2211.15841, section 5): rows
-sorted by expert, each expert's rows padded to whole blocks. Only `used` blocks are
-computed; the rest of the result is zero. `lax.ragged_dot` would be the library's way, but
-XLA expands it on a CPU to a dense product with every expert.
+The layout is that of dropless MoE kernels (MegaBlocks, arXiv:2211.15841, section 5):
+rows sorted by expert, each expert's rows padded to whole blocks. Only `used` blocks are
+computed; the rest of the result is zero. `lax.ragged_dot` would be the library's way,
+but XLA expands it on a CPU to a dense product with every expert.
 """
 
 import functools
@@ -34,14 +34,14 @@ def grouped_dot_oracle(
 def grouped_dot(
     x_nbD: Array, w_EDF: Array, expert_n: Array, used: Array, compute_dtype: Any = None
 ) -> Array:
-    """Multiplies block i by w_EDF[expert_n[i]] for i < used, and returns zeros elsewhere.
+    """Multiplies block i by w_EDF[expert_n[i]] for i < used, and returns zeros
+    elsewhere.
 
     Args:
-      x_nbD: n blocks of b rows.
-      w_EDF: a matrix for each expert.
-      expert_n: [n] int, the expert of each block.
-      used: scalar int, how many leading blocks hold rows; it bounds the loop.
-      compute_dtype: what operands are rounded to in all three products; None keeps them.
+      x_nbD: n blocks of b rows. w_EDF: a matrix for each expert. expert_n: [n] int, the
+      expert of each block. used: scalar int, how many leading blocks hold rows; it
+      bounds the loop. compute_dtype: what operands are rounded to in all three
+      products; None keeps them.
 
     Returns:
       [n, b, F], at least float32 whatever the operands are.
@@ -67,7 +67,7 @@ def _unrolled(used: Array, blocks: int, body: Any, start: Any) -> Any:
 def _blocks(
     x_nbD: Array, w_EDF: Array, expert_n: Array, used: Array, contract: int = -2
 ) -> Array:
-    """Each block times its expert's matrix, summed over that matrix's axis `contract`."""
+    """Each block times its expert's matrix, summed over that one's axis `contract`."""
 
     def body(trip: list[Array], out_nbF: Array) -> Array:
         products = [product(x_nbD[i], w_EDF[expert_n[i]], contract) for i in trip]

@@ -2,8 +2,8 @@
 
 A product that contracts the rows of both operands (every weight gradient) runs at half
 speed in float32, and at a third in bfloat16 because XLA then converts to float32 first
-(measured with jax 0.11.2; `benchmarks/parts_cpu.py` shows it). So the narrower operand is
-copied transposed, and layouts are pinned to keep XLA from undoing that.
+(measured with jax 0.11.2; `benchmarks/parts_cpu.py` shows it). So the narrower operand
+is copied transposed, and layouts are pinned to keep XLA from undoing that.
 """
 
 import functools
@@ -33,7 +33,8 @@ def wide(x: Array) -> Any:
 
 
 def product(a: Array, b: Array, contract: int = -2) -> Array:
-    """Sums over a's last axis and b's axis `contract` (-2 or -1), batched over the rest.
+    """Sums over a's last axis and b's axis `contract` (-2 or -1), batched over the
+    rest.
 
     Returns at least float32 whatever the operands are.
     """

@@ -1,4 +1,4 @@
-"""Properties of the whole model: causality, isolation, initial loss, variants, remat."""
+"""The whole model: causality, isolation, initial loss, variants, remat."""
 
 import dataclasses
 import functools

@@ -84,7 +84,7 @@ def test_other_strategies_do_not_see_the_accumulation_either(strategy):
 
 
 def test_the_per_micro_batch_loss_does_see_it():
-    """Guards the tests above: a penalty of each micro-batch's own counts must differ."""
+    """Guards the tests above: penalties of a micro-batch's own counts must differ."""
     _, once, _ = trained(strategy="aux_batch")
     _, split, _ = trained(strategy="aux_batch", accumulation=4)
     assert np.abs(once - split).max() > 1e-6

@@ -54,5 +54,5 @@ def test_flips_compare_with_the_previous_evaluation(setting):
 
 def test_an_empty_validation_set_is_refused(setting):
     parts, state, evaluate_batch = setting
-    with pytest.raises(ValueError, match="raise data.val_fraction"):
+    with pytest.raises(ValueError, match=r"raise data\.val_fraction"):
         evaluate(evaluate_batch, parts, state, [], DOMAINS)
