@@ -6,7 +6,7 @@ from deepseek_jax.config import AttentionConfig, ModelConfig, MoEConfig, MTPConf
 
 
 def tiny() -> ModelConfig:
-    """1.9M parameters: every part of DeepSeek-V3, trains in minutes on a laptop."""
+    """3.2M parameters: every part of DeepSeek-V3, trains in minutes on a laptop."""
     return ModelConfig(
         vocab_size=4096,
         dim=128,
@@ -25,7 +25,7 @@ def tiny() -> ModelConfig:
 
 
 def mini() -> ModelConfig:
-    """The replica for numerics and speed: 16 experts, top-4 in 2 of 4 groups."""
+    """12.7M parameters, for numerics and speed: 16 experts, top-4 in 2 of 4 groups."""
     return ModelConfig(
         vocab_size=8192,
         dim=256,

@@ -228,6 +228,36 @@ def read(path: Path) -> Study:
     )
 
 
+def gather(paths: Iterable[Path], title: str) -> Study:
+    """Single runs, wherever they lie, as one study of what their configs differ in.
+
+    Raises:
+      ValueError: there is no run, or two are in folders of one name.
+    """
+    found = [read_run(Path(path)) for path in paths]
+    if len({run.name for run in found}) < max(1, len(found)):
+        raise ValueError(f"{title}: needs runs in folders of different names")
+    flat = [_flat(run.config) for run in found]
+    differing = [
+        key
+        for key in dict.fromkeys(key for config in flat for key in config)
+        if any(config.get(key) != flat[0].get(key) for config in flat)
+    ]
+    runs = [
+        replace(run, overrides={key: config.get(key) for key in differing})
+        for run, config in zip(found, flat, strict=True)
+    ]
+    return Study(runs[0].path.parent, title, with_labels(runs))
+
+
+def _flat(config: dict[str, Any], at: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        deep = isinstance(value, dict)
+        flat |= _flat(value, f"{at}{key}.") if deep else {f"{at}{key}": value}
+    return flat
+
+
 def last_error(log: Path) -> str:
     """What the last start of a run ended with, from its log; "" if it says nothing.
 

@@ -1,8 +1,8 @@
 """The replica for numerics and speed: how fast is a step, and does it stay the same?
 
 arXiv:2412.19437, sections 2 and 4.2, at 13M parameters: 8 heads, 16 experts, top-4 out
-of 2 of 4 groups, one MTP module. 1,000 steps of 8 x 512 tokens take about 30 minutes on
-2 cores.
+of 2 of 4 groups, one MTP module. Cost: 1,000 steps of 8 x 512 tokens, an hour or less
+on 2 cores.
 
   python -m experiments.train --config=experiments/configs/mini.py --workdir=runs/mini
 

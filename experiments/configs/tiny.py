@@ -1,8 +1,8 @@
 """Does the whole of DeepSeek-V3 train and balance at a size that a laptop can afford?
 
 arXiv:2412.19437, sections 2 and 4.2, at 3.2M parameters: MLA, one dense and three MoE
-layers with loss-free balancing and the sequence-wise loss, one MTP module. 300 steps of
-16 x 256 tokens take about 3 minutes on 2 cores.
+layers with loss-free balancing and the sequence-wise loss, one MTP module. Cost: 300
+steps of 16 x 256 tokens, minutes on 2 cores.
 
   python -m experiments.train --config=experiments/configs/tiny.py --workdir=runs/tiny
 

@@ -176,3 +176,24 @@ def test_a_run_is_not_changed_by_a_label(tmp_path):
     run = runs.read_run(synthetic.write_run(tmp_path / "a", synthetic.config()))
     assert run.final  # cached
     assert replace(run, label="x").final == run.final
+
+
+def test_runs_from_anywhere_make_a_study_of_their_differences(tmp_path):
+    configs = {
+        "a": synthetic.config("none"),
+        "b": synthetic.config("v3"),
+        "c": synthetic.config("v3", seed=1),
+        "d": synthetic.config("v3", steps=20),
+    }
+    paths = [synthetic.write_run(tmp_path / n / n, c) for n, c in configs.items()]
+    study = runs.gather(paths[:3], "three")
+    assert [run.label for run in study.runs] == ["none", "v3", "v3"]
+    assert study.runs[2].overrides == {"balance.strategy": "v3", "seed": 1}
+    labels = [run.label for run in runs.gather(paths[1:], "lengths").runs]
+    assert labels[0] != labels[2] and "steps=20" in labels[2]
+
+
+def test_gathered_runs_need_names_of_their_own(tmp_path):
+    for paths in ([], [tmp_path / "x" / "a", tmp_path / "y" / "a"]):
+        with pytest.raises(ValueError, match="different names"):
+            runs.gather(paths, "t")
