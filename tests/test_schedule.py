@@ -1,3 +1,5 @@
+"""Piecewise-constant schedules, traced and not."""
+
 import jax
 import jax.numpy as jnp
 

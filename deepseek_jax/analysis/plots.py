@@ -65,6 +65,8 @@ def interactive(chart: Chart) -> go.Figure:
         figure.update_yaxes(
             title_text=panel.y_label, **log if panel.log_y else {}, **at
         )
+        if panel.from_zero:
+            figure.update_yaxes(rangemode="tozero", minallowed=0, **at)
     top = 40 + (22 * -(-len(named) // 7) if chart.legend and named else 0)
     bottom = 50 if any(panel.x_label for panel in chart.panels) else 30
     figure.update_annotations(font_size=14)

@@ -147,9 +147,7 @@ def _head(study: Study) -> str:
     for run in study.runs:
         counts[run.status] = counts.get(run.status, 0) + 1
     state = ", ".join(f"{n} {status}" for status, n in counts.items())
-    about = "".join(
-        f"<p>{escape(p)}</p>" for p in study.about.split("\n\n") if p.strip()
-    )
+    about = f"<p>{escape(study.about)}</p>" if study.about else ""
     command = (
         f'<code class="block">{escape(study.command)}</code>' if study.command else ""
     )
@@ -241,7 +239,7 @@ def _result(study: Study) -> str:
         "<section><h2>Result</h2>"
         '<p class="caption">Mean ± standard deviation over seeds, from the final '
         "evaluation on the whole validation set (MaxVio batch: the last 10 % of the "
-        "training steps). Green is the best; ≈ is not told apart from it by these "
+        "training steps). Green is the lowest; ≈ is not told apart from it by these "
         "seeds. Specialisation: how far the choice of experts depends on the domain, 0 "
         "being not at all.</p>"
         f"{_table(['setting', 'seeds', *HEADINGS.values()], lines)}"

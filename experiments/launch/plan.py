@@ -1,9 +1,10 @@
 """From a sweep file to checked runs, and the record of them in a sweep's folder.
 
-A sweep file has a docstring (its first line is the report's title), `CONFIG` (the base
-config), `sweep()` or `sweep(arg)`, which yields flat dicts of overrides with an
-optional `name`, and `metrics()`, the names to watch. Everything is checked before the
-first run starts, so that run 30 does not fail on a typo after a night.
+A sweep file has a docstring (its first paragraph is the report's title, the second its
+introduction), `CONFIG` (the base config), `sweep()` or `sweep(arg)`, which yields flat
+dicts of overrides with an optional `name`, and `metrics()`, the names to watch.
+Everything is checked before the first run starts, so that run 30 does not fail on a
+typo after a night.
 """
 
 import importlib.util
@@ -69,7 +70,7 @@ def load(spec: str, base: str | None = None, command: str = "") -> Plan:
     base = base or getattr(module, "CONFIG", None)
     if base is None:
         raise ValueError(f"{file}: names no CONFIG, and there is no --config")
-    title, _, about = inspect.cleandoc(module.__doc__ or file).partition("\n\n")
+    title, about, *_ = [*inspect.cleandoc(module.__doc__ or file).split("\n\n"), ""]
     watched = tuple(module.metrics()) if hasattr(module, "metrics") else WATCHED
     items = tuple(_item(dict(each), base, file) for each in _points(module, file, arg))
     names = [item.name for item in items]
@@ -81,7 +82,8 @@ def load(spec: str, base: str | None = None, command: str = "") -> Plan:
                 f"{spec}: {names.count(name)} runs are named {name!r}; give them "
                 "another 'name' or let them differ"
             )
-    return Plan(" ".join(title.split()), about, command, base, watched, items)
+    title, about = (" ".join(text.split()) for text in (title, about))
+    return Plan(title, about, command, base, watched, items)
 
 
 def _import(file: str) -> ModuleType:

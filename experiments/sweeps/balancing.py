@@ -4,7 +4,8 @@ Eleven strategies, three seeds each, on the tiny replica: the comparison of
 arXiv:2412.19437, section 4.5.3 (auxiliary-loss-free against batch-wise and
 sequence-wise losses), and of arXiv:2408.15664, with the variants proposed since.
 
-Cost: 33 runs of 300 steps, about 2 hours on 2 cores. ":smoke" is four runs of 6 steps.
+Cost: 33 runs of 300 steps, about 2 hours on 2 cores. ":paper" is the report's own comparison,
+five strategies and 15 runs; ":smoke" is four runs of 6 steps.
 
   python -m experiments.sweep --sweep=experiments/sweeps/balancing.py --workdir=runs/b
 
@@ -37,6 +38,7 @@ SETTINGS: dict[str, dict[str, float]] = {
     "z_loss": {"balance.z_weight": 1e-3},
     "v3": {"balance.speed": 1e-2, "balance.alpha": 1e-4},
 }
+PAPER = ("none", "loss_free", "aux_batch", "aux_seq", "v3")
 SMOKE = {
     "train.steps": 6,
     "train.routing_every": 2,
@@ -46,12 +48,17 @@ SMOKE = {
 
 
 def sweep(arg: str | None = None) -> Iterator[dict[str, Any]]:
-    """The runs; `arg` "smoke" makes them few and short."""
-    if arg not in (None, "smoke"):
-        raise ValueError(f"balancing.py:{arg}: only :smoke is known here")
+    """The runs; `arg` "paper" takes fewer strategies, "smoke" few and short runs."""
+    chosen: dict[str | None, tuple[str, ...]] = {
+        None: tuple(SETTINGS),
+        "paper": PAPER,
+        "smoke": ("none", "v3"),
+    }
+    if arg not in chosen:
+        raise ValueError(f"balancing.py:{arg}: only :paper and :smoke are known here")
     smoke = arg == "smoke"
     for seed in SEEDS[:2] if smoke else SEEDS:
-        for strategy in ("none", "v3") if smoke else SETTINGS:
+        for strategy in chosen[arg]:
             yield {
                 "name": f"{strategy}-s{seed}",
                 "balance.strategy": strategy,

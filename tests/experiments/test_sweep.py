@@ -199,9 +199,9 @@ def test_the_sweeps_of_this_repository(file, count):
     planned = plan.load(f"experiments/sweeps/{file}")
     assert len(planned.items) == count
     assert planned.title.endswith("?")
-    assert f"python -m experiments.sweep --sweep=experiments/sweeps/{file[:4]}" in (
-        planned.about
-    )
+    path, _, _ = f"experiments/sweeps/{file}".partition(":")
+    command = f"  python -m experiments.sweep --sweep={path} --workdir=runs/"
+    assert command in Path(path).read_text()
 
 
 def test_the_balancing_sweep_has_every_strategy_and_seed():
