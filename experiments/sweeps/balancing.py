@@ -4,8 +4,8 @@ Eleven strategies, three seeds each, on the tiny replica: the comparison of
 arXiv:2412.19437, section 4.5.3 (auxiliary-loss-free against batch-wise and
 sequence-wise losses), and of arXiv:2408.15664, with the variants proposed since.
 
-Cost: 33 runs of 300 steps, about 2 hours on 2 cores. ":paper" is the report's own comparison,
-five strategies and 15 runs; ":smoke" is four runs of 6 steps.
+Cost: 33 runs of 300 steps, about 2 hours on 2 cores. ":paper" is the report's own
+comparison, five strategies and 15 runs; ":smoke" is four runs of 6 steps.
 
   python -m experiments.sweep --sweep=experiments/sweeps/balancing.py --workdir=runs/b
 
