@@ -170,7 +170,8 @@ class MoEConfig:
             self.top_k <= reachable,
             f"{at}.top_k",
             self.top_k,
-            f"must be at most {reachable}, the experts of {self.keep_groups} groups",
+            f"must be at most {reachable}, "
+            f"the experts in the {self.keep_groups} kept groups",
         )
         _check(
             self.num_groups == 1
