@@ -7,6 +7,9 @@ ARGS ?=
 # Two processes, each with whole files: what a file prepares once stays prepared.
 PYTEST := $(PY) -m pytest -q -n 2 --dist loadfile
 
+# A virtual environment whose interpreter is gone counts as none.
+$(shell $(PY) -c '' 2>/dev/null || rm -f $(READY))
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint bench notebooks lab clean
 

@@ -63,6 +63,9 @@ def _increasing(name: str, changes: Changes) -> None:
         changes,
         "must be (step, value) pairs with increasing positive steps",
     )
+    _check(
+        all(value >= 0 for _, value in changes), name, changes, "values must be >= 0"
+    )
 
 
 @dataclass(frozen=True)
@@ -242,8 +245,9 @@ class DataConfig:
 
     `source` is "builtin" (built from installed packages), a corpus folder, or a path or
     glob of .txt, .jsonl, .jsonl.gz or .parquet files. `tokenizer` is "sentencepiece",
-    "bytes" or a tokenizer folder. `weights` mixes domains, as in "code=2,speech=1";
-    domains left out weigh 1, and "" mixes by size. `lanes` = 0 means one a row.
+    "bpe", "bytes" or a tokenizer folder. `weights` mixes domains, as in
+    "code=2,speech=1"; domains left out weigh 1, and "" mixes by size. `lanes` = 0 means
+    one a row.
     """
 
     source: str = "builtin"
@@ -297,6 +301,12 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _positive("optim", self, "lr", "clip")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            _check(0 <= value < 1, f"optim.{name}", value, "must lie in [0, 1)")
+        for name in ("weight_decay", "mtp_weight"):
+            value = getattr(self, name)
+            _check(value >= 0, f"optim.{name}", value, "must be >= 0")
         _one_of("optim.schedule", self.schedule, LR_SCHEDULES)
         _check(self.warmup >= 0, "optim.warmup", self.warmup, "must be >= 0")
         _check(self.horizon >= 0, "optim.horizon", self.horizon, "must be >= 0")
@@ -339,7 +349,7 @@ class BalanceConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how often; none of it changes the mathematics of a step."""
+    """How long, how often: no mathematics, but that `aux_batch` sees micro-batches."""
 
     steps: int = 300
     accumulation: int = 1  # micro-batches a step
@@ -406,11 +416,12 @@ class Config:
 
 
 def signature(config: Config) -> dict[str, typing.Any]:
-    """The fields that change the mathematics: a run may only be resumed when they
-    match.
-    """
+    """The fields that change the mathematics: they must match for a run to go on."""
     names = ("model", "data", "optim", "balance", "seed")
-    return {name: to_dict(config)[name] for name in names}
+    fields = {name: to_dict(config)[name] for name in names}
+    if config.balance.strategy == "aux_batch":  # micro-batches are part of its loss
+        fields["train"] = {"accumulation": config.train.accumulation}
+    return fields
 
 
 def to_dict(config: typing.Any) -> dict[str, typing.Any]:

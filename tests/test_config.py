@@ -58,12 +58,18 @@ REFUSED = [
     ("data.val_fraction", 1.0, "must lie between 0 and 1", {}),
     ("optim.lr", 0.0, "must be positive", {}),
     ("optim.clip", -1.0, "must be positive", {}),
+    ("optim.b1", 1.0, "must lie in [0, 1)", {}),
+    ("optim.b2", -0.1, "must lie in [0, 1)", {}),
+    ("optim.weight_decay", -1.0, "must be >= 0", {}),
+    ("optim.mtp_weight", -0.3, "must be >= 0", {}),
     ("optim.schedule", "cosin", "did you mean 'cosine'?", {}),
     ("optim.warmup", -1, "must be >= 0", {}),
     ("optim.horizon", -1, "must be >= 0", {}),
     ("optim.decay", 0.0, "must lie in (0, 1]", {}),
     ("optim.final", 1.5, "must lie in [0, 1]", {}),
     ("optim.mtp_weight_changes", ((5, 0.1), (5, 0.2)), "increasing positive", {}),
+    ("optim.mtp_weight_changes", ((5, -0.1),), "values must be >= 0", {}),
+    ("balance.speed_changes", ((5, -0.1),), "values must be >= 0", {}),
     ("balance.strategy", "lossfree", "did you mean 'loss_free'?", {}),
     ("balance.speed", -1e-3, "must be >= 0", {}),
     ("balance.alpha", -1.0, "must be >= 0", {}),
@@ -122,6 +128,8 @@ def other(name: str, default: object) -> object:
         "data.packing": "best_fit",
         "data.val_fraction": 0.02,
         "optim.schedule": "cosine",
+        "optim.b1": 0.5,
+        "optim.b2": 0.5,
         "optim.decay": 0.5,
         "optim.final": 0.5,
         "balance.strategy": "quantile",
@@ -239,3 +247,15 @@ def test_int_is_taken_where_a_float_is_meant():
 def test_routers_are_the_moe_layers_then_the_mtp_modules():
     model = from_dict(Config, nested({"model.mtp.depth": 2})).model
     assert (model.num_moe, model.num_routers) == (61 - 3, 61 - 3 + 2)
+
+
+def test_micro_batches_are_mathematics_to_the_loss_of_each_micro_batch_only():
+    def signed(strategy, accumulation):
+        values = {
+            "balance": {"strategy": strategy},
+            "train": {"accumulation": accumulation},
+        }
+        return signature(from_dict(Config, values))
+
+    assert signed("v3", 1) == signed("v3", 4)
+    assert signed("aux_batch", 1) != signed("aux_batch", 4)

@@ -13,7 +13,7 @@ candidates() {
         command -v "$name"
     done
     ls "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/*/bin/python3 2>/dev/null
-    uv python find 3.12 2>/dev/null
+    uv python find '>=3.12' 2>/dev/null
 }
 
 if [ -n "${PYTHON:-}" ]; then

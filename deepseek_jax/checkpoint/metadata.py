@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from deepseek_jax.config import Config, signature, to_dict
+from deepseek_jax.config import Config, from_dict, signature, to_dict
 
 FILE = "config.json"
 KIND = "train"
@@ -130,7 +130,7 @@ def check_same(saved: Description, now: Mapping[str, Any], where: Path) -> None:
 
 
 def _mathematics(config: Mapping[str, Any]) -> dict[str, Any]:
-    fields = flatten({name: config.get(name) for name in signature(Config())})
+    fields = flatten(signature(from_dict(Config, config)))
     return {name: value for name, value in fields.items() if name not in BY_HASH}
 
 

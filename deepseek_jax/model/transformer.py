@@ -42,6 +42,15 @@ class Output(NamedTuple):
     aux: Aux  # every array with a leading axis over the R routers, MTP's last
 
 
+def marks(segment: Array | None, valid: Array | None, like: Array) -> Array:
+    """The same positive number all over a document, 0 at padding.
+
+    Shaped like the tokens `like`; without `segment` all that is real is one document.
+    """
+    mark = jnp.ones_like(like) if valid is None else valid.astype(jnp.int32)
+    return mark if segment is None else mark * segment
+
+
 def reaches(k: int, length: int, mark_BS: Array) -> Array:
     """Where positions i and i+k carry the same non-zero mark, bool [B, length]."""
     here, there = mark_BS[:, :length], mark_BS[:, k : k + length]
@@ -114,11 +123,7 @@ class Transformer(nn.Module):
                 f"{tokens_BS.shape[1]} columns of tokens, {length} positions ask for "
                 f"{depth} MTP modules; the model has {self.config.mtp.depth}"
             )
-        mark_BS = (
-            jnp.ones_like(tokens_BS) if valid_BS is None else valid_BS.astype(jnp.int32)
-        )
-        if segment_BS is not None:
-            mark_BS = mark_BS * segment_BS
+        mark_BS = marks(segment_BS, valid_BS, tokens_BS)
         valid = [reaches(k, length, mark_BS) for k in range(depth + 1)]
         totals = count(valid) if totals is None else totals
         segment_BL = None if segment_BS is None else segment_BS[:, :length]

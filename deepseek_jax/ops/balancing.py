@@ -81,9 +81,13 @@ class Balancer:
 def chain(*balancers: Balancer) -> Balancer:
     """All of them at once: rankings compose in order, penalties add.
 
-    States and statistics are tuples. Records show the first that keeps a bias; load_E
-    is what the first that needs it counts.
+    States and statistics are tuples. Records show the first that keeps a bias.
+
+    Raises:
+      ValueError: two of them need counts of the whole batch; there is one load_E.
     """
+    if sum(b.needs_counts for b in balancers) > 1:
+        raise ValueError("chain: at most one balancer may count the whole batch")
 
     def select(scores_TE: Array, state: Any, /) -> Array:
         for balancer, own in zip(balancers, state, strict=True):

@@ -31,7 +31,8 @@ class Layout(NamedTuple):
 def layout(experts_TK: Array, num_experts: int, block: int) -> Layout:
     """Sorts slots by expert, stably, and pads each expert's rows to whole blocks.
 
-    There are enough blocks, ceil(M / block) + num_experts, for any routing whatever.
+    There are enough blocks, at least ceil(M / block) + min(num_experts, M), for any
+    routing whatever.
     """
     slots = experts_TK.size
     expert_M = experts_TK.reshape(-1)

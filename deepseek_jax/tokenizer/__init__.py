@@ -1,12 +1,14 @@
-"""Tokenizers: `build` one for a run, `load` one that a run has saved."""
+"""Tokenizers: `build` one for a run, `load` one that a run or another library saved."""
 
 import hashlib
 import logging
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+from deepseek_jax.tokenizer import bpe, huggingface, train
 from deepseek_jax.tokenizer import bytes as byte_level
 from deepseek_jax.tokenizer import sentencepiece as pieces
-from deepseek_jax.tokenizer import train
 from deepseek_jax.tokenizer.base import (
     ABOUT,
     TextSource,
@@ -18,6 +20,12 @@ from deepseek_jax.tokenizer.base import (
 __all__ = ["Tokenizer", "build", "load"]
 log = logging.getLogger(__name__)
 
+Train = Callable[[Iterable[str], int], Tokenizer]
+TRAINERS: dict[str, tuple[Train, Mapping[str, Any]]] = {
+    pieces.KIND: (train.train, train.SETTINGS),
+    bpe.NAME: (bpe.train, bpe.SETTINGS),
+}
+
 
 def build(
     name: str, vocab_size: int, corpus: TextSource, cache_dir: str | Path | None = None
@@ -25,32 +33,38 @@ def build(
     """The tokenizer that `data.tokenizer` names.
 
     Args:
-      name: "sentencepiece" (trained on the corpus's training split, once), "bytes", or
-        the folder of a saved tokenizer.
+      name: "sentencepiece" or "bpe" (trained on the corpus's training split, once),
+        "bytes", or the folder of a tokenizer (see `load`).
       vocab_size: `model.vocab_size`. The tokenizer has at most as many ids; it has
         fewer if it is of bytes, or if the corpus is too small for that many pieces.
       cache_dir: where trained tokenizers are kept; None takes the corpus's cache.
 
     Raises:
-      ValueError: `vocab_size` is too small, or the folder holds no tokenizer.
+      ValueError: `vocab_size` is too small, the folder holds no tokenizer, or a package
+        is missing.
     """
     if name == byte_level.KIND:
         need_vocab(vocab_size, byte_level.Bytes.vocab_size, "data.tokenizer = 'bytes'")
         return byte_level.Bytes()
-    if name == pieces.KIND:
-        return _trained(vocab_size, corpus, Path(cache_dir or corpus.cache))
+    if name in TRAINERS:
+        return _trained(name, vocab_size, corpus, Path(cache_dir or corpus.cache))
     tokenizer = load(name)
     need_vocab(vocab_size, tokenizer.vocab_size, f"data.tokenizer = {name!r}")
     return tokenizer
 
 
 def load(folder: str | Path) -> Tokenizer:
-    """The tokenizer that `Tokenizer.save` wrote to a folder.
+    """The tokenizer of a folder that `Tokenizer.save` or Hugging Face's library wrote.
+
+    Args:
+      folder: a folder, or a file in the format of Hugging Face's tokenizer.json.
 
     Raises:
       ValueError: no tokenizer there, of an unknown kind, or its files are damaged.
     """
     folder = Path(folder).expanduser()
+    if folder.is_file() or huggingface.is_ours(folder / ABOUT):
+        return huggingface.read(folder)
     about = read_about(folder)
     tokenizer: Tokenizer
     if about["kind"] == byte_level.KIND:
@@ -77,12 +91,13 @@ def _read_pieces(path: Path) -> Tokenizer:
         raise ValueError(f"{path} is missing or damaged: {error}") from None
 
 
-def _trained(vocab_size: int, corpus: TextSource, cache: Path) -> Tokenizer:
-    settings = f"{sorted(train.SETTINGS.items())} {train.SAMPLE} {vocab_size}"
-    key = f"{corpus.hash} {corpus.val_fraction} {settings}"
+def _trained(name: str, vocab_size: int, corpus: TextSource, cache: Path) -> Tokenizer:
+    trainer, settings = TRAINERS[name]
+    made_of = f"{sorted(settings.items())} {train.SAMPLE} {vocab_size}"
+    key = f"{corpus.hash} {corpus.val_fraction} {made_of}"
     folder = cache / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not (folder / ABOUT).is_file():
         log.info("training a tokenizer of %d pieces, once", vocab_size)
         sample = corpus.sample(train.SAMPLE // len(corpus.domains))
-        train.train(sample, vocab_size).save(folder)
+        trainer(sample, vocab_size).save(folder)
     return load(folder)

@@ -5,10 +5,13 @@ fill-in-the-middle (section 4.1 of arXiv:2412.19437). `encode` never gives one, 
 the text says, and `decode` drops them: they are put in by number.
 
 A folder holds tokenizer.json (format, kind, vocab_size, hash) and the files of its
-kind; tokenizer.json is written last, so a half-written folder is seen to be none.
+kind; tokenizer.json is written last, so a half-written folder is seen to be none. Kind
+"huggingface" keeps to Hugging Face's files instead, where tokenizer.json is the whole
+tokenizer.
 """
 
 import hashlib
+import importlib.util
 import json
 import uuid
 from collections.abc import Iterator
@@ -86,6 +89,15 @@ def need_vocab(vocab_size: int, needed: int, why: str) -> None:
         )
 
 
+def need_package(name: str, what: str) -> None:
+    """Raises ValueError, which says what to do, if an optional package is missing."""
+    if importlib.util.find_spec(name) is None:
+        raise ValueError(
+            f"{what} needs the package {name}, which is not installed: "
+            "pip install 'deepseek_jax[parity]'"
+        )
+
+
 def write(path: Path, content: bytes) -> None:
     """Replaces a file as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,14 +109,16 @@ def write(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_about(folder: Path, kind: str, tokenizer: Tokenizer) -> None:
+def write_about(
+    folder: Path, kind: str, tokenizer: Tokenizer, name: str = ABOUT
+) -> None:
     about = {
         "format": FORMAT,
         "kind": kind,
         "vocab_size": tokenizer.vocab_size,
         "hash": tokenizer.hash,
     }
-    write(folder / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
+    write(folder / name, (json.dumps(about, indent=1) + "\n").encode())
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -117,7 +131,8 @@ def read_about(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(
             f"{folder} is no tokenizer folder: it has no {ABOUT}; data.tokenizer is "
-            "'sentencepiece', 'bytes' or a folder that a run has saved"
+            "'sentencepiece', 'bpe', 'bytes', a folder that a run has saved, or one in "
+            "Hugging Face's format"
         )
     try:
         about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -30,7 +30,7 @@ def train_record(
       metrics: what the step returned, fetched: the names of `SCALARS`, `mtp_ce` [J],
         `load` [R, E], and `bias` [R, E] where the strategy has one.
       main: how many routers belong to the main model.
-      detailed: adds loads, biases and the rest of the routing by layer.
+      detailed: adds the loads and biases of every expert.
     """
     load_RE = np.asarray(metrics["load"])
     maxvio_R = routing.maxvio(load_RE)
@@ -38,11 +38,11 @@ def train_record(
     record["mtp_ce"] = np.asarray(metrics["mtp_ce"]).tolist()
     record["maxvio_batch"] = float(maxvio_R[:main].mean()) if main else float("nan")
     record["maxvio_layers"] = maxvio_R.tolist()
+    record["cv"] = routing.variation(load_RE).tolist()
+    record["entropy"] = routing.entropy(load_RE).tolist()
+    record["dead_experts"] = routing.dead_experts(load_RE).tolist()
     if detailed:
         record["load"] = load_RE.tolist()
-        record["cv"] = routing.variation(load_RE).tolist()
-        record["entropy"] = routing.entropy(load_RE).tolist()
-        record["dead_experts"] = routing.dead_experts(load_RE).tolist()
         if "bias" in metrics:
             record["bias"] = np.asarray(metrics["bias"]).tolist()
     return record

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.data.batch import Batch
-from deepseek_jax.model.transformer import Output, Totals, count, reaches
+from deepseek_jax.model.transformer import Output, Totals, count, marks, reaches
 from deepseek_jax.ops.losses import cross_entropy
 from deepseek_jax.train.state import Parts
 from deepseek_jax.typing import Array, Params
@@ -26,9 +26,10 @@ class Losses(NamedTuple):
     penalty: Array
 
 
-def marks(batch: Batch, isolate: bool) -> Array:
-    """Document numbers, 0 at padding; one document when documents are not isolated."""
-    return batch.segment if isolate else (batch.segment > 0).astype(jnp.int32)
+def bounds(parts: Parts, batch: Batch) -> tuple[Array | None, Array]:
+    """The model's `segment_BS` and `valid_BS`, over every column of the batch."""
+    isolate = parts.config.data.segment_mask
+    return batch.segment if isolate else None, batch.segment > 0
 
 
 def target_masks(parts: Parts, batch: Batch) -> list[Array]:
@@ -38,7 +39,7 @@ def target_masks(parts: Parts, batch: Batch) -> list[Array]:
     the MTP chain lies between the two, so nothing crosses a document.
     """
     length = parts.config.data.length
-    mark_BS = marks(batch, parts.config.data.segment_mask)
+    mark_BS = marks(*bounds(parts, batch), batch.tokens)
     depths = range(parts.config.model.mtp.depth + 1)
     return [
         reaches(k + 1, length, mark_BS) & batch.mask[:, k + 1 : k + 1 + length]
@@ -49,7 +50,7 @@ def target_masks(parts: Parts, batch: Batch) -> list[Array]:
 def input_masks(parts: Parts, batch: Batch) -> list[Array]:
     """Per depth, the positions [B, L] whose inputs are real and of one document."""
     length = parts.config.data.length
-    mark_BS = marks(batch, parts.config.data.segment_mask)
+    mark_BS = marks(*bounds(parts, batch), batch.tokens)
     depths = range(parts.config.model.mtp.depth + 1)
     return [reaches(k, length, mark_BS) for k in depths]
 
@@ -73,13 +74,14 @@ def forward(
     """The model on a micro-batch, with every MTP module."""
     length, depth = parts.config.data.length, parts.config.model.mtp.depth
     inputs = slice(0, length + depth)
+    segment, valid = bounds(parts, batch)
     return parts.model.apply(
         {"params": params},
         batch.tokens[:, inputs],
         batch.position[:, :length],
         balance,
-        segment_BS=batch.segment[:, inputs] if parts.config.data.segment_mask else None,
-        valid_BS=batch.segment[:, inputs] > 0,
+        segment_BS=None if segment is None else segment[:, inputs],
+        valid_BS=valid[:, inputs],
         totals=totals,
     )
 

@@ -47,13 +47,16 @@ def attention(
     groups = q_BLHX.shape[2] // k_BSHX.shape[2]
     k_BSHX, v_BSHO = (jnp.repeat(x, groups, axis=2) for x in (k_BSHX, v_BSHO))
     wide = jnp.promote_types(q_BLHX.dtype, jnp.float32)
-    s_BHLS = jnp.einsum("BLHX,BSHX->BHLS", q_BLHX, k_BSHX, preferred_element_type=wide)
+    einsum = functools.partial(
+        jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=wide
+    )
+    s_BHLS = einsum("BLHX,BSHX->BHLS", q_BLHX, k_BSHX)
     length = q_BLHX.shape[1]
     visible = jnp.tril(jnp.ones((length, length), bool))
     if segment_BL is not None:
         visible &= (segment_BL[:, :, None] == segment_BL[:, None, :])[:, None]
     p_BHLS = jax.nn.softmax(jnp.where(visible, scale * s_BHLS, -jnp.inf), -1)
-    return jnp.einsum("BHLS,BSHO->BLHO", p_BHLS, v_BSHO, preferred_element_type=wide)
+    return einsum("BHLS,BSHO->BLHO", p_BHLS, v_BSHO)
 
 
 def _joined(
@@ -85,8 +88,10 @@ def chunked_attention(
     Args:
       segment_BL: as in `attention`. A position must see itself, so ids are equal to
         themselves (no NaN).
-      chunk: query positions a tile; longer for very long rows, to bound the program.
-      compute_dtype: what operands of the matmuls are rounded to; None keeps them.
+      chunk: query rows a tile, H/G a position; more for very long rows, to bound the
+        program.
+      compute_dtype: what operands of the matmuls, and the five gradients, are rounded
+        to; None keeps them, at least float32.
 
     Returns:
       [B, L, H, O], at least float32.

@@ -26,7 +26,11 @@ def grouped_dot_oracle(
     live_n = jnp.arange(len(x_nbD)) < used
     x_nbD = jnp.where(live_n[:, None, None], x_nbD, 0)
     return jnp.einsum(
-        "nbD,nDF->nbF", x_nbD, w_EDF[expert_n], preferred_element_type=dtype
+        "nbD,nDF->nbF",
+        x_nbD,
+        w_EDF[expert_n],
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=dtype,
     )
 
 
@@ -38,10 +42,12 @@ def grouped_dot(
     elsewhere.
 
     Args:
-      x_nbD: n blocks of b rows. w_EDF: a matrix for each expert. expert_n: [n] int, the
-      expert of each block. used: scalar int, how many leading blocks hold rows; it
-      bounds the loop. compute_dtype: what operands are rounded to in all three
-      products; None keeps them.
+      x_nbD: n blocks of b rows; those from `used` on are never read.
+      w_EDF: a matrix for each expert.
+      expert_n: [n] int, the expert of each block.
+      used: scalar int, how many leading blocks hold rows; it bounds the loop.
+      compute_dtype: what operands are rounded to in all three products; None keeps
+        them.
 
     Returns:
       [n, b, F], at least float32 whatever the operands are.
@@ -51,15 +57,17 @@ def grouped_dot(
 
 
 def _unrolled(used: Array, blocks: int, body: Any, start: Any) -> Any:
-    """Folds `body(i, carry)` over i < used, several at a time and a little beyond.
+    """Folds `body(trip, carry)` over the used blocks, several in each trip.
 
     Products of one trip do not depend on each other, so XLA runs them on several cores.
-    Blocks from `used` on may or may not be visited.
+    A trip is a list of (block, first visit or not): the last trip is filled up with the
+    last used block, since unused ones may hold anything, NaN too.
     """
     unroll = next(n for n in (4, 3, 2, 1) if blocks % n == 0)
 
     def trip(j: Array, carry: Any) -> Any:
-        return body([unroll * j + k for k in range(unroll)], carry)
+        wanted = [unroll * j + k for k in range(unroll)]
+        return body([(jnp.minimum(i, used - 1), i < used) for i in wanted], carry)
 
     return lax.fori_loop(0, -(-used // unroll), trip, start)
 
@@ -69,9 +77,9 @@ def _blocks(
 ) -> Array:
     """Each block times its expert's matrix, summed over that one's axis `contract`."""
 
-    def body(trip: list[Array], out_nbF: Array) -> Array:
-        products = [product(x_nbD[i], w_EDF[expert_n[i]], contract) for i in trip]
-        for i, y_bF in zip(trip, products, strict=True):
+    def body(trip: list[tuple[Array, Array]], out_nbF: Array) -> Array:
+        products = [product(x_nbD[i], w_EDF[expert_n[i]], contract) for i, _ in trip]
+        for (i, _), y_bF in zip(trip, products, strict=True):
             out_nbF = out_nbF.at[i].set(y_bF)
         return out_nbF
 
@@ -85,10 +93,10 @@ def _weight_gradient(
 ) -> Array:
     """Adds x^T g of every used block to its expert's matrix."""
 
-    def body(trip: list[Array], dw_EDF: Array) -> Array:
-        live = [transposed(jnp.where(i < used, x_nbD[i], 0)) for i in trip]
-        products = [product(x_Db, g_nbF[i]) for x_Db, i in zip(live, trip, strict=True)]
-        for i, dw_DF in zip(trip, products, strict=True):
+    def body(trip: list[tuple[Array, Array]], dw_EDF: Array) -> Array:
+        live = [transposed(jnp.where(first, x_nbD[i], 0)) for i, first in trip]
+        products = [product(x_Db, g_nbF[i]) for x_Db, (i, _) in zip(live, trip)]
+        for (i, _), dw_DF in zip(trip, products, strict=True):
             dw_EDF = dw_EDF.at[expert_n[i]].add(dw_DF)
         return dw_EDF
 

@@ -212,13 +212,15 @@ def test_chain_composes_rankings_adds_penalties_and_updates_each_by_its_own():
 
 def test_chain_shows_the_first_bias_and_the_first_count():
     speed = piecewise(0.5)
-    both = chain(z_loss(0.1), loss_free(speed), global_loss(0.1), global_loss(0.2))
+    both = chain(z_loss(0.1), loss_free(speed), global_loss(0.1))
     state = both.init(3)
     assert both.bias is not None and both.count is not None
-    assert both.bias(((), "bias", (), ())) == "bias"
-    assert both.count(("a", "b", "c", "d")) == "c"
+    assert both.bias(((), "bias", ())) == "bias"
+    assert both.count(("a", "b", "c")) == "c"
     assert both.speed(0) == 0.5
-    assert len(state) == 4
+    assert len(state) == 3
+    with pytest.raises(ValueError, match="at most one balancer may count"):
+        chain(global_loss(0.1), global_loss(0.2))
     plain = chain(z_loss(0.1), sequence_loss(0.1))
     assert plain.bias is None and plain.count is None and plain.speed(0) == 0
 

@@ -10,8 +10,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from deepseek_jax import tokenizer as tokenizers
+from deepseek_jax.tokenizer import bpe
 from deepseek_jax.tokenizer.base import CONTROLS
 from deepseek_jax.tokenizer.bytes import Bytes
+from deepseek_jax.tokenizer.huggingface import HuggingFace
 from deepseek_jax.tokenizer.sentencepiece import SentencePiece
 from deepseek_jax.tokenizer.train import train
 
@@ -21,7 +23,11 @@ WORDS = [
 ]
 RNG = random.Random(0)
 TEXTS = ["    " + " ".join(RNG.choices(WORDS, k=30)) + "\n" for _ in range(300)]
-TOKENIZERS = {"sentencepiece": train(TEXTS, 360), "bytes": Bytes()}
+TOKENIZERS = {
+    "sentencepiece": train(TEXTS, 360),
+    "bpe": bpe.train(TEXTS, 360),
+    "bytes": Bytes(),
+}
 kinds = pytest.mark.parametrize("kind", TOKENIZERS)
 
 TRICKY = (
@@ -32,6 +38,7 @@ TRICKY = (
     "\x00\r\n\t\x7f\ufeff",
     "<s></s><unk><pad><0x0A><0xE2>",
     "".join(CONTROLS),
+    "".join(bpe.MARKERS),
     "日本語 🙂 \U0010ffff",
     "\u2028\u0085\u00a0\u3000",
     "",
@@ -39,7 +46,19 @@ TRICKY = (
 HOSTILE = st.one_of(
     st.text(),
     st.lists(
-        st.sampled_from([*TRICKY, *WORDS, *CONTROLS, " ", "\n", "<s>", "</s>", "<pad>"])
+        st.sampled_from(
+            [
+                *TRICKY,
+                *WORDS,
+                *CONTROLS,
+                *bpe.MARKERS,
+                " ",
+                "\n",
+                "<s>",
+                "</s>",
+                "<pad>",
+            ]
+        )
     ).map("".join),
 )
 
@@ -200,6 +219,17 @@ def test_build_trains_once_for_a_corpus_and_a_size(tmp_path):
     assert (tmp_path / "elsewhere" / "tokenizers").is_dir()
 
 
+def test_a_name_is_trained_on_the_corpus_and_kept_apart(tmp_path):
+    corpus = Source(tmp_path)
+    built = {
+        name: tokenizers.build(name, 360, corpus) for name in ("bpe", "sentencepiece")
+    }
+    assert corpus.reads == 2
+    assert built["bpe"].hash == TOKENIZERS["bpe"].hash
+    assert isinstance(tokenizers.build("bpe", 360, corpus), HuggingFace)
+    assert corpus.reads == 2
+
+
 def test_build_by_name_or_folder(tmp_path):
     corpus = Source(tmp_path)
     assert isinstance(tokenizers.build("bytes", 300, corpus), Bytes)
@@ -213,6 +243,7 @@ def test_build_by_name_or_folder(tmp_path):
     ("name", "size", "message"),
     [
         ("bytes", 261, "model.vocab_size = 261: must be at least 262 for .*'bytes'"),
+        ("bpe", 265, "model.vocab_size = 265: must be at least 266 for .*byte-level"),
         ("saved", 359, "model.vocab_size = 359: must be at least 360"),
         (
             "sentencepeice",

@@ -8,7 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.config import BalanceConfig, OptimConfig, TrainConfig
+from deepseek_jax.config import (
+    BalanceConfig,
+    OptimConfig,
+    RuntimeConfig,
+    TrainConfig,
+)
 from deepseek_jax.train.state import assemble, init_state
 from deepseek_jax.train.step import make_step, micro_batches
 from tests.factory import as_f64, random_batch, small
@@ -72,6 +77,23 @@ def test_the_bias_is_no_parameter_and_decays_not():
         np.testing.assert_array_equal(leaf, np.float32(0.7))
     shapes = {leaf.shape for leaf in jax.tree.leaves((state.params, state.opt_state))}
     assert (config.model.num_routers, config.model.moe.num_experts) not in shapes
+
+
+def test_bf16_compute_stays_near_f32_and_leaves_the_router_alone():
+    """Operands carry 8 bits, so losses move by some 1e-3; the bias stays in f32."""
+    base = small(batch=8, length=32)
+    losses = {}
+    for compute in ("f32", "bf16"):
+        runtime = RuntimeConfig(block=8, compute=compute)
+        parts = assemble(dataclasses.replace(base, runtime=runtime))
+        state, step = init_state(parts, 0), make_step(parts)
+        for i in range(3):
+            state, metrics = step(state, random_batch(base, seed=i))
+        losses[compute] = float(metrics["ce"])
+        for leaf in jax.tree.leaves((state.params, state.balance, metrics["bias"])):
+            assert leaf.dtype == np.float32
+    difference = abs(losses["bf16"] / losses["f32"] - 1)
+    assert 1e-7 < difference < 1e-2
 
 
 def test_the_step_does_not_recompile():

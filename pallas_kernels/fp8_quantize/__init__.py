@@ -1,0 +1,1 @@
+"""FP8 quantisation by tiles and blocks, each with a scale of its own."""

@@ -1,0 +1,116 @@
+"""Block-grouped matmul against gathered weights, whatever lies in unused blocks."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.grouped_matmul.reference import grouped_dot, grouped_dot_oracle
+from tests.agreement import as_dtype, assert_agree, matmul_dtypes, with_gradients
+
+EXPERTS, ROWS, WIDTH, OUT = 5, 3, 7, 9
+
+
+class Case(NamedTuple):
+    """The expert of each block, and how many blocks hold rows."""
+
+    expert_n: list[int]
+    used: int
+
+
+# Odd, even, three and four times something: the loop takes several blocks a trip.
+CASES = {
+    "every expert": Case([0, 1, 1, 2, 3, 4, 4], 7),
+    "every expert, none used": Case([0, 1, 1, 2, 3, 4, 4], 0),
+    "empty experts": Case([1, 1, 4, 4, 4, 4, 4, 4, 4], 3),
+    "one expert takes everything": Case([2] * 10, 10),
+    "one expert, two blocks unused": Case([2] * 10, 8),
+    "within a trip": Case([0, 0, 1, 3, 3, 4, 4, 4], 5),
+    "first block only": Case([3, 4, 4, 4, 4, 4, 4, 4], 1),
+    "none used": Case([4] * 8, 0),
+    "in any order": Case([3, 0, 4, 0, 3, 1], 5),
+    "one block": Case([1], 1),
+}
+
+
+def operands(case, fill):
+    """x, w and a cotangent in float64; unused blocks hold `fill`."""
+    rng = np.random.default_rng(0)
+    blocks = len(case.expert_n)
+    unused = np.arange(blocks)[:, None, None] >= case.used
+    x, g = (rng.normal(size=(blocks, ROWS, width)) for width in (WIDTH, OUT))
+    w = rng.normal(size=(EXPERTS, WIDTH, OUT))
+    return np.where(unused, fill, x), w, np.where(unused, fill, g)
+
+
+def evaluate(function, case, dtype=jnp.float64, fill=0.0):
+    """The value and the gradients of x and w, from operands rounded to `dtype`."""
+    x, w, g = as_dtype(operands(case, fill), dtype)
+    routing = jnp.array(case.expert_n), jnp.asarray(case.used)
+    return with_gradients(function)((x, w), routing, g)
+
+
+@functools.cache
+def exact(name):
+    with jax.enable_x64(True):
+        return [np.asarray(x) for x in evaluate(grouped_dot_oracle, CASES[name])]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_oracle_is_what_plain_loops_compute(name):
+    case = CASES[name]
+    x, w, g = operands(case, 0.0)
+    y, dx, dw = np.zeros_like(g), np.zeros_like(x), np.zeros_like(w)
+    for block in range(case.used):
+        expert = case.expert_n[block]
+        y[block] = x[block] @ w[expert]
+        dx[block] = g[block] @ w[expert].T
+        dw[expert] += x[block].T @ g[block]
+    assert_agree(exact(name), [y, dx, dw], 1e-13)
+
+
+@pytest.mark.parametrize("fill", [0.0, np.nan])
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_agree_with_the_oracle_whatever_unused_rows_hold(name, fill):
+    with jax.enable_x64(True):
+        actual = evaluate(grouped_dot, CASES[name], fill=fill)
+    assert all(x.dtype == jnp.float64 for x in actual)
+    assert_agree(actual, exact(name), 1e-13)
+
+
+@pytest.mark.parametrize(("compute", "bound"), [(None, 1e-6), (jnp.bfloat16, 1e-2)])
+@pytest.mark.parametrize("name", ["every expert", "within a trip"])
+def test_blocks_round_no_more_than_their_operands(name, compute, bound):
+    function = functools.partial(with_compute, compute)
+    actual = evaluate(function, CASES[name], jnp.float32, fill=np.nan)
+    assert all(x.dtype == jnp.float32 for x in actual)
+    assert_agree(actual, exact(name), bound)
+
+
+def with_compute(compute, x, w, expert_n, used):
+    return grouped_dot(x, w, expert_n, used, compute)
+
+
+@pytest.mark.parametrize("function", [grouped_dot, grouped_dot_oracle])
+def test_16_bit_operands_are_summed_in_float32(function):
+    value, *gradients = evaluate(function, CASES["every expert"], jnp.bfloat16)
+    assert value.dtype == jnp.float32
+    assert all(x.dtype == jnp.bfloat16 for x in gradients)
+    assert_agree([value, *gradients], exact("every expert"), 1e-2)
+
+
+def test_all_three_products_have_rounded_operands_and_a_float32_sum():
+    case = CASES["every expert"]
+    x, w, g = as_dtype(operands(case, 0.0), jnp.float32)
+    routing = jnp.array(case.expert_n), jnp.asarray(case.used)
+
+    def run(x, w):
+        product = functools.partial(with_compute, jnp.bfloat16)
+        return jax.vjp(lambda x, w: product(x, w, *routing), x, w)[1](g)
+
+    dtypes = matmul_dtypes(run, x, w)
+    assert set(dtypes) == {("bfloat16", "bfloat16", "float32")}
+    assert len(dtypes) >= 3
