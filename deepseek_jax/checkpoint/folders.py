@@ -12,6 +12,7 @@ from pathlib import Path
 
 FOLDER = "checkpoints"
 ITEMS = ("state", "data", "config")
+SOURCE = "source"  # beside them in a converted step: what it was converted from
 DIGESTS = "digests.json"
 
 
@@ -48,7 +49,7 @@ def resolve(path: str | Path) -> tuple[Path, int | None]:
 def write_digests(step_dir: Path) -> None:
     """Records size and CRC-32 of every file of a step's items."""
     digests = {}
-    for item in ITEMS:
+    for item in (*ITEMS, SOURCE):
         for file in sorted((step_dir / item).rglob("*")):
             if file.is_file():
                 digests[str(file.relative_to(step_dir))] = _digest(file)

@@ -167,4 +167,5 @@ def experts_dense(
     y_ETD = grouped_dot(hidden_ETF, down_EFD, everyone_n, used)
     hit_TKE = experts_TK[..., None] == everyone_n
     weight_TE = jnp.where(hit_TKE, weights_TK[..., None], 0).sum(1)
-    return jnp.einsum("TE,ETD->TD", weight_TE, y_ETD)
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.einsum("TE,ETD->TD", weight_TE, y_ETD, precision=highest)

@@ -1,0 +1,136 @@
+"""What both directions of a conversion share: pieces, biases, the record, the folder."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from deepseek_jax.checkpoint.folders import SOURCE
+from deepseek_jax.checkpoint.streaming import Index, Leaf
+from deepseek_jax.convert import fp8_blocks, names
+from deepseek_jax.convert.tensorfile import Stored, read_header
+
+# Bytes done, bytes in all, what is being converted.
+Progress = Callable[[int, int, str], None]
+
+PIECE = 32 << 20  # bytes of a piece in f32: what is read, turned and written at once
+ALIGN = 128  # rows; a piece never cuts an FP8 block
+
+# Where each balancing strategy keeps the biases that move its selection by s + b.
+BIASES: dict[str, Leaf | None] = {
+    "none": None,
+    "loss_free": ("balance",),
+    "loss_free_proportional": ("balance",),
+    "loss_free_frozen": ("balance",),
+    "aux_batch": None,
+    "aux_seq": None,
+    "aux_global": None,
+    "quantile": ("balance",),
+    "z_loss": None,
+    "v3": ("balance", "0"),
+}
+
+RECORD, SCALES = "source.json", "scales.safetensors"
+GENERATION = "generation_config.json"
+TOKENIZER = "tokenizer"  # a folder of the workdir
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def ignore_progress(done: int, total: int, what: str) -> None:
+    """The default: nobody watches."""
+
+
+def piece_rows(part: names.Part, columns: tuple[int, ...]) -> int:
+    """Rows of a piece. A part whose rows change places is a single piece."""
+    if part.transform.rows or not columns:
+        return part.rows
+    rows = PIECE // (4 * columns[0]) // ALIGN * ALIGN
+    return min(part.rows, max(rows, ALIGN))
+
+
+def pieces(tensor: names.Tensor) -> Iterator[tuple[names.Part, int, int]]:
+    """(part, first row, last row + 1) of a tensor, in order, rows within the part."""
+    for part in tensor.parts:
+        step = piece_rows(part, tensor.columns)
+        for start in range(0, part.rows, step):
+            yield part, start, min(start + step, part.rows)
+
+
+def chunk(part: names.Part, columns: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a piece has in our array."""
+    inner = (piece_rows(part, columns), *columns)
+    inner = inner[::-1] if part.transform.transpose else inner
+    return (1,) * len(part.index) + inner
+
+
+def place(part: names.Part, start: int, stop: int) -> Index:
+    """Where the rows of a piece lie in our array."""
+    rows = slice(start, stop)
+    inner = (slice(None), rows) if part.transform.transpose else (rows,)
+    return (*part.index, *inner)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a converted checkpoint remembers of the files it came from.
+
+    With it the way back gives the same files: their layout, the dtypes of odd tensors,
+    the settings we have no field for and, in `SCALES`, the scales of FP8 tensors.
+    """
+
+    config: dict[str, Any]  # config.json
+    index: dict[str, Any] | None  # of a sharded checkpoint
+    stacked: bool
+    copies: bool  # whether MTP layers repeat the embedding and the head
+    dtype: str  # of the embedding
+    dtypes: dict[str, str]  # of the tensors that have another, FP8 ones left out
+
+    def save(self, step_dir: Path) -> None:
+        """Writes it beside the items of a step."""
+        text = json.dumps(dataclasses.asdict(self))
+        (step_dir / SOURCE / RECORD).write_text(text, "utf-8")
+
+
+def load_record(step_dir: Path) -> Record | None:
+    """The record of a converted step; None of one that was trained here."""
+    path = step_dir / SOURCE / RECORD
+    if not path.exists():
+        return None
+    return Record(**json.loads(path.read_text("utf-8")))
+
+
+def load_scales(step_dir: Path) -> dict[str, Stored]:
+    """The original scales of a converted step, by the names of their weights."""
+    path = step_dir / SOURCE / SCALES
+    found = read_header(path) if path.exists() else {}
+    return {name.removesuffix(fp8_blocks.SUFFIX): s for name, s in found.items()}
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`, renamed to it when all went well.
+
+    Raises:
+      ValueError: `path` exists already.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists already: choose another name or remove it")
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.absolute().with_name(f".{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
