@@ -10,8 +10,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(path: str | Path) -> "tuple[Config, dict[str, Any], Any, Tokenizer]":
+def load(path: str | Path) -> "tuple[Config, dict[str, Any], Any, Tokenizer | None]":
     """(config, params, balance, tokenizer) of a run's newest good checkpoint.
+
+    Parameters are float32. The tokenizer is None for a checkpoint that was converted
+    from files without one.
 
     Args:
       path: a workdir, its checkpoints/, or one step.
@@ -33,9 +36,9 @@ def load(path: str | Path) -> "tuple[Config, dict[str, Any], Any, Tokenizer]":
     # The run may have had more devices than there are here.
     parts = assemble(dataclasses.replace(config, mesh=MeshConfig()))
     like = jax.eval_shape(lambda: init_state(parts, config.seed))
-    skipped = jax.tree.map(lambda _: manager.SKIP, like.opt_state)
-    restored = manager.restore(root, like._replace(opt_state=skipped), step=step)
+    wanted = {"params": like.params, "balance": like.balance}
+    restored = manager.restore(root, wanted, step=step, partial=True)
     assert restored is not None
-    state = restored.state
-    vocabulary = tokenizer.load(root.parent / "tokenizer")
-    return config, state.params, state.balance, vocabulary
+    folder = root.parent / "tokenizer"
+    vocabulary = tokenizer.load(folder) if folder.is_dir() else None
+    return config, restored.state["params"], restored.state["balance"], vocabulary

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     ".tokenizer": f"{CORE} .data numpy sentencepiece tokenizers jinja2",
     ".optim": f"{CORE} .schedule jax numpy optax",
     ".checkpoint": f"{CORE} jax numpy orbax tensorstore",
-    ".convert": f"{CORE} .precision jax numpy orbax tensorstore safetensors",
+    ".convert": f"{CORE} .checkpoint pallas_kernels.*.reference jax numpy",
     ".train": f"{CORE} .presets .schedule .ops .precision .runtime .model .parallel"
     " .data .tokenizer .optim .checkpoint .eval jax numpy optax tensorboardX",
     ".decode": f"{CORE} .model .ops .runtime jax numpy",
@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "experiments": ". pallas_kernels jax numpy absl ml_collections",
 }
 # Rows of packages that are yet to come.
-LATER = {".convert", ".decode", ".posttrain"}
+LATER = {".decode", ".posttrain"}
 
 # Lines of a file and of a function, outside pallas_kernels. The declaration of every
 # setting reads better as one file than as two.

@@ -28,7 +28,6 @@ from deepseek_jax.checkpoint.folders import (
 
 UNFINISHED = ".orbax-checkpoint-tmp*"  # appended by Orbax until a save is whole
 DAMAGED = ".damaged"  # appended to the name of a step that could not be restored
-SKIP = ocp.PLACEHOLDER  # stands for a leaf that `restore` is to leave out
 
 Say = Callable[[str], None]
 
@@ -75,6 +74,7 @@ def restore(
     like: Any,
     *,
     step: int | None = None,
+    partial: bool = False,
     accept: Callable[[dict[str, Any]], None] = lambda config: None,
     say: Say = to_stderr,
 ) -> Restored | None:
@@ -82,10 +82,11 @@ def restore(
 
     Args:
       root: the checkpoints folder.
-      like: the state's pytree of arrays or `jax.ShapeDtypeStruct`s, with `SKIP` for
-        leaves to leave out; its shardings are those of the result.
-      step: only this one. accept: called with the checkpoint's config before anything
-      is read; raises to refuse. say: told about every damaged checkpoint that is passed
+      like: the state's pytree of arrays or `jax.ShapeDtypeStruct`s; its shardings are
+        those of the result.
+      step: only this one. partial: `like` names a part of the state, as a dict, and the
+      rest is not read. accept: called with the checkpoint's config before anything is
+      read; raises to refuse. say: told about every damaged checkpoint that is passed
       over.
 
     Returns:
@@ -101,7 +102,7 @@ def restore(
         if found is None:
             accept(read_config(root, candidate))
             try:
-                return _read(root, candidate, like, tuple(damage))
+                return _read(root, candidate, like, partial, tuple(damage))
             except Exception as error:
                 first = (str(error).splitlines() or [""])[0]
                 found = f"{type(error).__name__}: {first}"[:300]
@@ -120,10 +121,10 @@ def _checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
 
-def _read(root: Path, step: int, like: Any, damaged: tuple[int, ...]) -> Restored:
+def _read(
+    root: Path, step: int, like: Any, partial: bool, damaged: tuple[int, ...]
+) -> Restored:
     def target(leaf: Any) -> Any:
-        if leaf is SKIP:
-            return SKIP
         sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(
             jax.devices()[0]
         )
@@ -135,11 +136,17 @@ def _read(root: Path, step: int, like: Any, damaged: tuple[int, ...]) -> Restore
         items = reader.restore(
             root / str(step),
             args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(targets, restore_args=arguments),
+                state=ocp.args.PyTreeRestore(
+                    targets, restore_args=arguments, partial_restore=partial
+                ),
                 data=ocp.args.JsonRestore(),
                 config=ocp.args.JsonRestore(),
             ),
         )
+    for path, leaf in jax.tree_util.tree_flatten_with_path(items["state"])[0]:
+        # Asked for a part, Orbax gives the request back for what is not there.
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(f"it has no {jax.tree_util.keystr(path)}")
     return Restored(step, items["state"], items["data"], items["config"], damaged)
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints from and to the Hugging Face form that DeepSeek releases its models in."""
+"""Checkpoints from and to the Hugging Face form, which DeepSeek's releases have."""

@@ -1,4 +1,4 @@
-"""What both directions of a conversion share: pieces, biases, the record, the folder."""
+"""What both directions of a conversion share: pieces, biases, record, new folder."""
 
 import dataclasses
 import json
@@ -50,12 +50,19 @@ def ignore_progress(done: int, total: int, what: str) -> None:
     """The default: nobody watches."""
 
 
+def usual_dtype(tensor: names.Tensor, dtype: str) -> str:
+    """A tensor's dtype in a checkpoint of `dtype` that is not quantised."""
+    return "F32" if tensor.parts[0].leaf == names.BIAS else dtype
+
+
 def piece_rows(part: names.Part, columns: tuple[int, ...]) -> int:
     """Rows of a piece. A part whose rows change places is a single piece."""
     if part.transform.rows or not columns:
         return part.rows
-    rows = PIECE // (4 * columns[0]) // ALIGN * ALIGN
-    return min(part.rows, max(rows, ALIGN))
+    count = -(-part.rows * columns[0] * 4 // PIECE)
+    if count == 1:
+        return part.rows
+    return -(-part.rows // count // ALIGN) * ALIGN
 
 
 def pieces(tensor: names.Tensor) -> Iterator[tuple[names.Part, int, int]]:
@@ -70,14 +77,14 @@ def chunk(part: names.Part, columns: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that a piece has in our array."""
     inner = (piece_rows(part, columns), *columns)
     inner = inner[::-1] if part.transform.transpose else inner
-    return (1,) * len(part.index) + inner
+    return (1,) * len(part.outer) + inner
 
 
 def place(part: names.Part, start: int, stop: int) -> Index:
     """Where the rows of a piece lie in our array."""
     rows = slice(start, stop)
     inner = (slice(None), rows) if part.transform.transpose else (rows,)
-    return (*part.index, *inner)
+    return (*part.outer, *inner)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +100,7 @@ class Record:
     stacked: bool
     copies: bool  # whether MTP layers repeat the embedding and the head
     dtype: str  # of the embedding
-    dtypes: dict[str, str]  # of the tensors that have another, FP8 ones left out
+    dtypes: dict[str, str]  # of tensors that `usual_dtype` does not give theirs
 
     def save(self, step_dir: Path) -> None:
         """Writes it beside the items of a step."""

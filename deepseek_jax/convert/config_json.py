@@ -126,7 +126,9 @@ def read(config: Fields) -> Parsed:
     heads = config.get("num_attention_heads")
     if config.get("num_key_value_heads") not in (None, heads):
         value = config["num_key_value_heads"]
-        _refuse("num_key_value_heads", value, f"must equal num_attention_heads = {heads}")
+        _refuse(
+            "num_key_value_heads", value, f"must equal num_attention_heads = {heads}"
+        )
     attention = AttentionConfig(
         q_rank=config.get("q_lora_rank") or 0,
         rope=_read_rope(config),
@@ -169,7 +171,7 @@ def _read_moe(config: Fields, family: Family) -> MoEConfig:
 def _read_rope(config: Fields) -> RopeConfig:
     at = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     rope = dict(config.get(at) or {})
-    theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
+    theta = rope.get("rope_theta") or config.get("rope_theta") or 10_000.0
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return RopeConfig(theta=float(theta))

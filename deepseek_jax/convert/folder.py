@@ -17,7 +17,7 @@ class Folder(NamedTuple):
     root: Path
     config: dict[str, Any]
     tensors: dict[str, Stored]
-    index: dict[str, Any] | None  # of a sharded one
+    shards: dict[str, Any] | None  # the index of a sharded one
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -163,7 +163,9 @@ def _check_tensor(plan: Import, tensor: names.Tensor) -> None:
     if plan.form is None:
         raise ValueError(f"{at} is FP8, but config.json has no quantization_config")
     if scale is None:
-        raise ValueError(f"{at} is FP8, but {tensor.name}{fp8_blocks.SUFFIX} is missing")
+        raise ValueError(
+            f"{at} is FP8, but {tensor.name}{fp8_blocks.SUFFIX} is missing"
+        )
     shape = fp8_blocks.scale_shape(tensor.shape, plan.form.block)
     if scale.shape != shape or scale.dtype not in SCALE_DTYPES:
         raise ValueError(
@@ -258,14 +260,15 @@ def _write_record(plan: Import, step_dir: Path) -> None:
     folder = step_dir / folders.SOURCE
     folder.mkdir()
     base = plan.folder.tensors["model.embed_tokens.weight"].dtype
-    others = {t.name: plan.stored(t).dtype for t in plan.tensors}
+    usual = {t.name: (common.usual_dtype(t, base), FP8) for t in plan.tensors}
+    dtypes = {t.name: plan.stored(t).dtype for t in plan.tensors}
     common.Record(
         config=plan.folder.config,
-        index=plan.folder.index,
+        index=plan.folder.shards,
         stacked=plan.stacked,
         copies=any(tensor.copy for tensor in plan.tensors),
         dtype=base,
-        dtypes={n: d for n, d in others.items() if d not in (base, FP8)},
+        dtypes={n: d for n, d in dtypes.items() if d not in usual[n]},
     ).save(step_dir)
     scales = [scale for t in plan.tensors if (scale := plan.scale(t))]
     if scales:

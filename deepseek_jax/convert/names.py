@@ -70,9 +70,13 @@ DENSE = (
 MOE = (
     Row("mlp.gate.weight", "moe/router", "E D"),
     Row("mlp.gate.e_score_correction_bias", "bias", "B", NORM),
-    Row("mlp.shared_experts.gate_proj.weight", "moe/shared/gate/kernel", "S D", fp8=True),
+    Row(
+        "mlp.shared_experts.gate_proj.weight", "moe/shared/gate/kernel", "S D", fp8=True
+    ),
     Row("mlp.shared_experts.up_proj.weight", "moe/shared/up/kernel", "S D", fp8=True),
-    Row("mlp.shared_experts.down_proj.weight", "moe/shared/down/kernel", "D S", fp8=True),
+    Row(
+        "mlp.shared_experts.down_proj.weight", "moe/shared/down/kernel", "D S", fp8=True
+    ),
 )
 EXPERTS = (
     Row("mlp.experts.{e}.gate_proj.weight", "moe/gate", "F D", fp8=True),
@@ -127,7 +131,7 @@ def halves(numbers: np.ndarray) -> np.ndarray:
 
 
 def rows_of_heads(model: ModelConfig) -> np.ndarray:
-    """File rows of a per-head projection in our order: N unrotated, R rotated, H times."""
+    """File rows of a per-head projection in our order; a head has N rows, then R."""
     at = model.attention
     rows = np.arange(at.num_heads * (at.nope_dim + at.rope_dim))
     heads = rows.reshape(at.num_heads, -1)
@@ -191,7 +195,7 @@ class Part(NamedTuple):
     start: int
     rows: int
     leaf: Leaf
-    index: tuple[int, ...]  # into the leading axes of the array: layer, expert
+    outer: tuple[int, ...]  # into the leading axes of the array: layer, expert
     transform: Transform
 
 
@@ -215,7 +219,7 @@ class Scope(NamedTuple):
 
     prefix: str
     root: Leaf
-    index: tuple[int, ...] = ()
+    outer: tuple[int, ...] = ()
     router: int = -1
 
 
@@ -266,7 +270,7 @@ def _expand(
         return
     transform = TRANSFORMS[row.transform]
     leaves: list[Leaf] = [(*scope.root, *name.split("/")) for name in row.ours.split()]
-    index = scope.index
+    index = scope.outer
     if row.ours == BIAS[0]:
         leaves, index = [BIAS], (scope.router,)
 
@@ -295,7 +299,7 @@ def array_shapes(found: list[Tensor]) -> dict[Leaf, tuple[int, ...]]:
         for part in tensor.parts:
             inner = (part.rows, *tensor.columns)
             inner = inner[::-1] if part.transform.transpose else inner
-            outer = tuple(i + 1 for i in part.index)
+            outer = tuple(i + 1 for i in part.outer)
             known = shapes.get(part.leaf, ())[: len(outer)]
             outer = tuple(max(pair) for pair in zip(outer, known)) if known else outer
             shapes[part.leaf] = (*outer, *inner)

@@ -143,7 +143,7 @@ def _hidden(
     tokens_BS = jnp.pad(tokens_BL, ((0, 0), (0, depth)))
     valid_BS = jnp.broadcast_to(jnp.arange(length + depth) < length, tokens_BS.shape)
     position_BL = jnp.broadcast_to(jnp.arange(length), (count, length))
-    out = model.apply(
+    out: Any = model.apply(
         {"params": params}, tokens_BS, position_BL, balance, valid_BS=valid_BS
     )
     hidden_JBLD = jnp.stack((out.hidden_BLD, *out.mtp_JBLD))
@@ -152,4 +152,5 @@ def _hidden(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _head(model: Transformer, params: Params, hidden_TD: Array) -> Array:
-    return model.apply({"params": params}, hidden_TD[None], method="logits")[0]
+    logits_1TV: Any = model.apply({"params": params}, hidden_TD[None], method="logits")
+    return logits_1TV[0]

@@ -63,7 +63,7 @@ def load(folder: str | Path) -> Tokenizer:
       ValueError: no tokenizer there, of an unknown kind, or its files are damaged.
     """
     folder = Path(folder).expanduser()
-    if folder.is_file() or huggingface.is_ours(folder / ABOUT):
+    if folder.is_file() or huggingface.recognises(folder / ABOUT):
         return huggingface.read(folder)
     about = read_about(folder)
     tokenizer: Tokenizer

@@ -55,7 +55,7 @@ def _steps(part: Mapping[str, Any] | None) -> list[Any]:
 def _keeps_text(step: Mapping[str, Any]) -> bool:
     """Whether a pre-tokenizer only cuts, and neither adds nor drops anything."""
     if step["type"] == "ByteLevel":
-        return step.get("add_prefix_space", True) is False
+        return not bool(step.get("add_prefix_space", True))
     if step["type"] in ("Split", "Punctuation"):
         return bool(step.get("behavior", "Isolated") != "Removed")
     return step["type"] == "Digits"

@@ -218,7 +218,7 @@ class HuggingFace:
         return number
 
 
-def is_ours(path: Path) -> bool:
+def recognises(path: Path) -> bool:
     """Whether a file is a tokenizer.json in Hugging Face's format."""
     return path.is_file() and b'"added_tokens"' in path.read_bytes()
 

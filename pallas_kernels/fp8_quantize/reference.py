@@ -2,10 +2,10 @@
 
 Activations go by tiles of 1 x 128 (a token, 128 channels), weights by blocks of 128 x
 128. A scale is the largest magnitude over 448, the format's largest number, computed
-from the values at hand; the magnitude counts as at least 1e-4, as in DeepSeek's released
-kernel, so that zeros have a scale. `power_of_two` rounds scales up to powers of two
-(their `ue8m0` format). A number is its code *times* its scale. Blocks that stick out
-over an edge are filled with zeros, which changes nothing.
+from the values at hand; the magnitude counts as at least 1e-4, as in DeepSeek's
+released kernel, so that zeros have a scale. `power_of_two` rounds scales up to powers
+of two (their `ue8m0` format). A number is its code *times* its scale. Blocks that stick
+out over an edge are filled with zeros, which changes nothing.
 """
 
 import jax
@@ -60,9 +60,7 @@ def encode(x: Array, scale: Array, block: Block) -> Array:
     return jnp.clip(unit, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
 
 
-def quantize(
-    x: Array, block: Block, power_of_two: bool = False
-) -> tuple[Array, Array]:
+def quantize(x: Array, block: Block, power_of_two: bool = False) -> tuple[Array, Array]:
     """(codes E4M3 [..., M, N], scales f32 [..., ceil(M/m), ceil(N/n)]) of x."""
     scale = scales(x, block, power_of_two)
     return encode(x, scale, block), scale

@@ -87,12 +87,17 @@ def test_shardings_are_those_asked_for(saved):
     np.testing.assert_array_equal(restored, state_at(3).params["w"])
 
 
-def test_skipped_leaves_are_left_out(saved):
-    like = state_at(0)
-    like = like._replace(opt_state=jax.tree.map(lambda _: manager.SKIP, like.opt_state))
-    restored = restore(saved, like).state
-    assert restored.opt_state[1]["mu"] is manager.SKIP
-    assert_same(restored.params, state_at(3).params)
+def test_a_part_of_the_state_can_be_restored(saved):
+    like, expected = state_at(0), state_at(3)
+    wanted = {"params": like.params, "balance": like.balance}
+    restored = restore(saved, wanted, partial=True).state
+    assert_same(restored, {"params": expected.params, "balance": expected.balance})
+
+
+def test_a_part_that_is_not_there_is_named(saved):
+    wanted = {"params": {**state_at(0).params, "v": jnp.zeros(3)}}
+    with pytest.raises(ValueError, match=r"no \['params'\]\['v'\]"):
+        restore(saved, wanted, partial=True)
 
 
 def test_a_save_is_not_touched_by_steps_that_donate_the_state(tmp_path):
