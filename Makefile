@@ -11,7 +11,7 @@ PYTEST := $(PY) -m pytest -q -n 2 --dist loadfile
 $(shell $(PY) -c '' 2>/dev/null || rm -f $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint bench notebooks lab clean
+.PHONY: help setup demo test test-all parity lint bench notebooks lab clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1	\2/p' Makefile | expand -t 12
@@ -30,6 +30,9 @@ test: lint  ## lint, types and every test but the slow ones
 
 test-all: lint  ## the slow tests too
 	$(PYTEST) $(ARGS)
+
+parity: setup  ## compare with transformers, live: fresh models, our exports loaded there
+	$(PY) -m tests.parity.live $(ARGS)
 
 lint: setup  ## ruff and mypy
 	$(PY) -m ruff check .

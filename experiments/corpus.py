@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -192,15 +193,32 @@ def _run(*command: str, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-def debian_documents(packages: dict[Source, str], folder: Path) -> Iterator[Document]:
-    """Documents of the packages, downloaded to `folder` and unpacked there."""
+def download(packages: dict[Source, str], folder: Path) -> dict[Source, Path]:
+    """The packages' archives, in `folder`."""
     _run("apt-get", "download", *packages.values(), cwd=folder)
+    found = {}
     for source, package in packages.items():
-        (archive,) = folder.glob(f"{package}_*.deb")
-        tree = folder / package
+        (found[source],) = folder.glob(f"{package}_*.deb")
+    return found
+
+
+def about(source: Source, archive: Path) -> dict[str, str]:
+    """Name, version and licence; an archive is named PACKAGE_VERSION_ARCHITECTURE.deb.
+
+    The colon after an epoch, as in 1:2.39.5, is escaped in file names.
+    """
+    name, version, _ = urllib.parse.unquote(archive.name).split("_")
+    return {"name": name, "version": version, "licence": source.licence}
+
+
+def debian_documents(archives: dict[Source, Path]) -> Iterator[Document]:
+    """Documents of the packages, unpacked beside their archives."""
+    for source, archive in archives.items():
+        tree = archive.with_suffix("")
         _run("dpkg", "-x", str(archive), str(tree))
         files = [path for path in sorted(tree.glob(source.pattern)) if path.is_file()]
         if not files:
+            package = archive.name.partition("_")[0]
             raise ValueError(f"the package {package} has no {source.pattern}")
         for path in files:
             if "translations" not in path.parts:
@@ -233,15 +251,13 @@ def capped_by_digest(documents: Iterator[Document]) -> Iterator[Document]:
 def build_debian(cache: Path) -> Path:
     """Downloads, converts and writes the Debian corpus; returns its folder."""
     packages = find_packages()
-    sources = [
-        {"name": name, "version": "Debian", "licence": source.licence}
-        for source, name in packages.items()
-    ]
-    sources += [*map(corpora.source, (*corpora.PACKAGES, corpora.SPEECHES))]
-    sources += corpora.OTHERS
     with tempfile.TemporaryDirectory() as folder:
+        archives = download(packages, Path(folder))
+        sources = [about(source, archive) for source, archive in archives.items()]
+        sources += map(corpora.source, (*corpora.PACKAGES, corpora.SPEECHES))
+        sources += corpora.OTHERS
         documents = itertools.chain(
-            debian_documents(packages, Path(folder)),
+            debian_documents(archives),
             corpora.python_modules(),
             corpora.speeches(),
             corpora.capped(corpora.word_problems(), ARITHMETIC),
@@ -260,6 +276,18 @@ def describe(root: Path) -> str:
             f"  {name:<16} {count['documents']:>8} documents {megabytes:8.2f} MB"
         )
     return "\n".join(lines)
+
+
+def print_all(cache: Path) -> None:
+    """Prints what has been built in `cache`, and what is wrong with it if so."""
+    built = sorted((cache / "corpora").glob(f"*/{MANIFEST}"))
+    for manifest in built:
+        try:
+            print(describe(manifest.parent))
+        except ValueError as error:
+            print(error)
+    if not built:
+        print(f"nothing built yet in {cache}: run python -m experiments.corpus")
 
 
 def copy_to(root: Path, out: Path) -> Path:
@@ -285,8 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     if options.list:
-        for manifest in sorted((options.cache / "corpora").glob(f"*/{MANIFEST}")):
-            print(describe(manifest.parent))
+        print_all(options.cache)
         return
     try:
         if options.debian:

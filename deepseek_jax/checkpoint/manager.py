@@ -27,6 +27,7 @@ from deepseek_jax.checkpoint.folders import (
 )
 
 UNFINISHED = ".orbax-checkpoint-tmp*"  # appended by Orbax until a save is whole
+CHUNK = 64 << 20  # bytes of an array that are stored together, at most
 DAMAGED = ".damaged"  # appended to the name of a step that could not be restored
 
 Say = Callable[[str], None]
@@ -115,6 +116,12 @@ def restore(
             + ". Remove the folder to start again"
         )
     return None
+
+
+def _chunks(leaf: Any) -> ocp.SaveArgs:
+    """Layers and experts apart, so that a slice of a large array can be read alone."""
+    stacked = tuple(range(max(leaf.ndim - 2, 0)))
+    return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=stacked)
 
 
 def _checkpointer() -> ocp.Checkpointer:
@@ -243,7 +250,7 @@ class Checkpoints:
             self.manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(state),
+                    state=ocp.args.PyTreeSave(state, jax.tree.map(_chunks, state)),
                     data=ocp.args.JsonSave(data),
                     config=ocp.args.JsonSave(config),
                 ),

@@ -17,7 +17,6 @@ from deepseek_jax.convert.tensorfile import Stored, read_header
 Progress = Callable[[int, int, str], None]
 
 PIECE = 32 << 20  # bytes of a piece in f32: what is read, turned and written at once
-ALIGN = 128  # rows; a piece never cuts an FP8 block
 
 # Where each balancing strategy keeps the biases that move its selection by s + b.
 BIASES: dict[str, Leaf | None] = {
@@ -62,7 +61,7 @@ def piece_rows(part: names.Part, columns: tuple[int, ...]) -> int:
     count = -(-part.rows * columns[0] * 4 // PIECE)
     if count == 1:
         return part.rows
-    return -(-part.rows // count // ALIGN) * ALIGN
+    return -(-part.rows // count // fp8_blocks.ALIGN) * fp8_blocks.ALIGN
 
 
 def pieces(tensor: names.Tensor) -> Iterator[tuple[names.Part, int, int]]:

@@ -16,6 +16,7 @@ from pallas_kernels.fp8_quantize import reference as fp8
 SUFFIX = "_scale_inv"
 CODES = np.dtype(jnp.float8_e4m3fn)
 UE8M0 = "ue8m0"
+ALIGN = 128  # rows that are converted together are a multiple of it
 
 
 class Format(NamedTuple):
@@ -48,6 +49,11 @@ def read_format(config: dict[str, Any]) -> Format | None:
         raise ValueError(
             f"config.json: quantization_config.weight_block_size = {block!r} is not "
             "supported: must be two integers, as [128, 128]"
+        )
+    if block[0] < 1 or block[1] < 1 or ALIGN % block[0]:
+        raise ValueError(
+            f"config.json: quantization_config.weight_block_size = {block!r} is not "
+            f"supported: the first must divide {ALIGN}"
         )
     return Format((block[0], block[1]), found.get("scale_fmt") == UE8M0)
 

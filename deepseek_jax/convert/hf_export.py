@@ -226,7 +226,8 @@ def _write_tensors(
             if _is_fp8(plan, tensor):
                 rows = _write_scales(plan, tensor, homes, rows, at)
             home.write(tensor.name, at, rows.astype(DTYPES[own.dtype], copy=False))
-        done += own.size
+        scale = plan.plans.get(tensor.name + fp8_blocks.SUFFIX)
+        done += own.size + (scale.size if scale else 0)
         progress(done, plan.size, tensor.name)
 
 

@@ -15,25 +15,26 @@ from typing import NamedTuple, Self
 import jax.numpy as jnp
 import numpy as np
 
+# In the order in which the package lays them out, from the end of a file.
 DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E8M0": np.dtype(jnp.float8_e8m0fnu),
+    "I16": np.dtype(np.int16),
+    "U16": np.dtype(np.uint16),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
-    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
-    "F8_E5M2": np.dtype(jnp.float8_e5m2),
-    "F8_E8M0": np.dtype(jnp.float8_e8m0fnu),
-    "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
     "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64),
+    "U64": np.dtype(np.uint64),
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+RANKS = {name: rank for rank, name in enumerate(DTYPES)}
 METADATA = "__metadata__"
 MAX_HEADER = 100_000_000  # the format's own limit
 
@@ -146,14 +147,12 @@ class Plan(NamedTuple):
 class TensorFile:
     """A file being written; its tensors may be filled in any order, each by rows.
 
-    Tensors are laid out as the safetensors package does: wide dtypes first, then by
-    name. A context manager: leaving it without an error checks that all was written.
+    Tensors are laid out as the safetensors package does: by dtype, then by name. A
+    context manager: leaving it without an error checks that all was written.
     """
 
     def __init__(self, path: Path, plans: Mapping[str, Plan]):
-        names = sorted(
-            plans, key=lambda n: (-DTYPES[plans[n].dtype].itemsize, n.encode())
-        )
+        names = sorted(plans, key=lambda n: (-RANKS[plans[n].dtype], n.encode()))
         header: dict[str, object] = {METADATA: {"format": "pt"}}
         self.offsets: dict[str, int] = {}
         end = 0
@@ -188,8 +187,8 @@ class TensorFile:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            assert self.left == 0, f"{self.path}: {self.left} bytes were not written"
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
+        with self.file:
+            if kind is None:
+                assert self.left == 0, f"{self.path}: {self.left} bytes not written"
+                self.file.flush()
+                os.fsync(self.file.fileno())

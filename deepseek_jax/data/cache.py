@@ -5,6 +5,7 @@ renames first wins; the loser throws its own copy away, which holds the same byt
 """
 
 import contextlib
+import hashlib
 import os
 import shutil
 import uuid
@@ -39,6 +40,12 @@ def publish(folder: Path, target: Path) -> Path:
         if not target.is_dir():
             raise
     return target
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

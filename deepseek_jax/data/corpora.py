@@ -168,7 +168,7 @@ def _read(path: Path, name: str, domain: str) -> Iterator[Document]:
 def python_modules() -> Iterator[Document]:
     """The modules of the standard library and of `PACKAGES`, as domain `code`."""
     library = Path(sysconfig.get_path("stdlib"))
-    for file in library.rglob("*.py"):
+    for file in sorted(library.rglob("*.py")):
         name = file.relative_to(library)
         if not SKIP & set(name.parts):
             yield from _read(file, name.as_posix(), "code")
@@ -179,7 +179,7 @@ def python_modules() -> Iterator[Document]:
 
 def _files(package: str, *suffixes: str) -> Iterator[Any]:
     """The paths in a package's RECORD, tests left out."""
-    for path in metadata.files(package) or ():
+    for path in sorted(metadata.files(package) or ()):
         if (
             path.suffix in suffixes
             and not SKIP & set(path.parts)

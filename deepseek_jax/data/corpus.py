@@ -4,6 +4,11 @@ The folder is named by its content, can be copied to another machine, and is che
 against its manifest whenever it is opened. A document is an object of `domain`, `text`,
 `name` (where it came from) and `digest` (`documents.digest_of`); the held-out split is
 a function of the digests and sizes alone, so every run on a corpus has the same one.
+
+Validation has two sizes to keep apart. Few texts say little, however long they are: a
+domain of speeches would be judged by three of them at 1 % of its bytes. So at least
+`LEAST` texts are held out of training, and a part of each is validated on, until those
+parts make up the 1 %: the evaluation sees more texts and takes no longer.
 """
 
 import hashlib
@@ -15,17 +20,21 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.data.cache import publish, unfinished, write_text
+from deepseek_jax.data.cache import file_hash, publish, unfinished, write_text
 from deepseek_jax.data.documents import Document
 
-FORMAT = 1
+FORMAT = 2  # of folders, of how files become one, and of the split; part of the hash
 DOCUMENTS, MANIFEST = "documents.jsonl", "manifest.json"
 MAX_DOMAINS = 64
+LEAST = 12  # texts to hold out of a domain, as far as that is a tenth of them or less
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """An opened corpus: `domains` in order of their index, `hash` of all its text."""
+    """An opened corpus: `domains` in order of their index, `hash` of all its text.
+
+    `val_fraction`: how much of each domain is for validation, see `Index`.
+    """
 
     root: Path
     domains: tuple[str, ...]
@@ -76,10 +85,11 @@ class Index:
         )
 
     def held_out(self, fraction: float) -> np.ndarray:
-        """Which documents are for validation, bool [N].
+        """Which documents are kept from training, bool [N].
 
         Of each domain the texts of smallest digest, until they hold `fraction` of its
-        bytes: at least one, and never all. Equal texts are on one side, in any domain.
+        bytes and are `LEAST`, or a tenth of its texts if that is fewer: at least one,
+        and never all. Equal texts are on one side, in any domain.
         """
         chosen = [
             _smallest(self.digest_N[rows], self.size_N[rows], fraction)
@@ -87,12 +97,47 @@ class Index:
         ]
         return np.isin(self.digest_N, np.concatenate(chosen))
 
+    def validation(self, fraction: float) -> np.ndarray:
+        """Which of the held-out documents are validated on, bool [N].
+
+        Of each domain a piece of every held-out text, then one more of each in turn,
+        until they hold `fraction` of the domain's bytes.
+        """
+        held_out = self.held_out(fraction)
+        chosen = np.zeros_like(held_out)
+        for domain in np.unique(self.domain_N):
+            rows = np.flatnonzero(self.domain_N == domain)
+            held = rows[held_out[rows]]
+            digest_n = self.digest_N[held]
+            held = held[np.lexsort((digest_n, _turns(digest_n)))]
+            needed = fraction * self.size_N[rows].sum()
+            enough = np.searchsorted(self.size_N[held].cumsum(), needed) + 1
+            chosen[held[: max(enough, len(np.unique(digest_n)))]] = True
+        return chosen
+
 
 def _smallest(digest_n: np.ndarray, size_n: np.ndarray, fraction: float) -> np.ndarray:
     digest_u, inverse_n = np.unique(digest_n, return_inverse=True)
     size_u = np.bincount(inverse_n, size_n)
-    needed = np.searchsorted(size_u.cumsum(), fraction * size_u.sum()) + 1
+    needed = int(np.searchsorted(size_u.cumsum(), fraction * size_u.sum())) + 1
+    needed = max(needed, min(LEAST, len(digest_u) // 10))
     return digest_u[: min(needed, len(digest_u) - 1)]
+
+
+def _turns(digest_n: np.ndarray) -> np.ndarray:
+    """For each piece, how many pieces of its text go before it.
+
+    They go from a piece that the digest decides to the last, then from the first on:
+    openings, such as licences and greetings, would else be all that is seen.
+    """
+    _, text_n, count_u = np.unique(digest_n, return_inverse=True, return_counts=True)
+    order = np.argsort(text_n, kind="stable")
+    place_n = np.empty_like(order)
+    first_u = count_u.cumsum() - count_u
+    place_n[order] = np.arange(len(order)) - first_u[text_n[order]]
+    count_n = count_u[text_n]
+    start_n = (digest_n % count_n.astype(np.uint64)).astype(np.int64)
+    return (place_n - start_n) % count_n
 
 
 def write_corpus(
@@ -123,11 +168,11 @@ def write_corpus(
                     raise ValueError(f"more than {MAX_DOMAINS} domains: {item.name}")
         if not counts:
             raise ValueError("no text in it")
-        digest = whole.hexdigest()
+        digest = hashlib.sha256(f"{FORMAT} {whole.hexdigest()}".encode()).hexdigest()
         manifest = {
             "format": FORMAT,
             "hash": digest,
-            "files": {DOCUMENTS: digest},
+            "files": {DOCUMENTS: whole.hexdigest()},
             "domains": dict(sorted(counts.items())),
             "sources": list(sources),
         }
@@ -175,20 +220,16 @@ def read_manifest(root: Path) -> dict[str, Any]:
         ) from None
     if form != FORMAT:
         raise ValueError(
-            f"data.source: {path} has format {form}, this version reads {FORMAT}"
+            f"data.source: {path} has format {form}, this version reads {FORMAT}; "
+            "build it again"
         )
     for name, wanted in files.items():
-        if not (root / name).is_file() or _file_hash(root / name) != wanted:
+        if not (root / name).is_file() or file_hash(root / name) != wanted:
             raise ValueError(
                 f"data.source: {root / name} is missing or damaged (its hash is not "
                 f"the one in {MANIFEST}); delete {root} and copy or build it again"
             )
     return manifest
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_folder(root: Path, val_fraction: float, cache: Path) -> Corpus:

@@ -3,7 +3,7 @@
 A lane of the pipeline (`data.pipeline`) reads its documents one after another, so a
 book would fill one row of every batch for a hundred steps. Long texts are therefore cut
 when a corpus is built from them; the pieces keep the digest of the whole, by which the
-held-out split goes, so no text is ever on both sides of it.
+held-out split goes, so no document is ever on both sides of it.
 """
 
 import hashlib

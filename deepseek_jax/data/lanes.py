@@ -1,7 +1,12 @@
 """A lane's endless stream of documents, with Grain: dealt, shuffled, repeated, mixed.
 
-Documents are dealt to the lanes in turn, in order of domain and digest, so a lane has
-nearly the same number of each domain as any other, whatever the process that reads it.
+Documents are dealt to the lanes in turn, in order of domain and digest: by hash, then,
+but by its rank, not by the digest modulo the number of lanes. That would leave lanes of
+unequal size, and as each lane repeats its own documents, those of a small lane would be
+seen more often; in turn, the lanes' numbers of each domain differ by at most one, and
+the pieces of a long text go to different lanes. The price is that one document more
+moves others to another lane; but such a corpus has another hash, which no run resumes
+on.
 """
 
 import functools

@@ -142,11 +142,14 @@ def stack(rows: list[Batch]) -> Batch:
 
 
 class Validation:
-    """The held-out documents, in one order, as one stream of overlapping rows.
+    """The validation documents, by domain, as one stream of overlapping rows.
 
-    Every token but the very first is predicted exactly once, at every depth. The last
-    batch is filled up with rows of padding. Packing is by concatenation whatever
-    `data.packing` says, so that losses of runs that differ in it can be compared.
+    Every token but the very first is predicted exactly once, at every depth. Of n
+    batches, batch k has rows k, k + n, k + 2n ... of the stream: of every domain its
+    share of the whole set, to within a row, so that what is read off one batch, like
+    the routing flips off the first, is about all of them. Rows of padding fill up the
+    last places. Packing is by concatenation whatever `data.packing` says, so that
+    losses of runs that differ in it can be compared.
     """
 
     def __init__(self, store: Store, numbers: np.ndarray, layout: Layout, batch: int):
@@ -163,8 +166,9 @@ class Validation:
         return -(-self._rows // self._batch)
 
     def __iter__(self) -> Iterator[Batch]:
-        for first in range(0, len(self) * self._batch, self._batch):
-            yield stack([self._row(first + i) for i in range(self._batch)])
+        for first in range(len(self)):
+            rows = range(first, len(self) * self._batch, len(self))
+            yield stack([self._row(number) for number in rows])
 
     def _row(self, number: int) -> Batch:
         start = number * self._layout.length
@@ -189,14 +193,14 @@ def validation(
     """The validation batches, global, the same for every run on this corpus.
 
     Raises:
-      ValueError: no document was held out, because there is only one.
+      ValueError: no text was held out, because no domain has two different ones.
     """
     store = open_store(corpus, tokenizer)
-    numbers = np.flatnonzero(store.index.held_out(config.val_fraction))
+    numbers = np.flatnonzero(store.index.validation(config.val_fraction))
     if not len(numbers):
         raise ValueError(
-            f"data.source = {config.source!r}: with one document there is none to hold "
-            "out for validation; give at least two"
+            f"data.source = {config.source!r}: there is nothing to hold out for "
+            "validation; give a domain at least two texts that differ"
         )
     layout = Layout(config.length, depth, tokenizer.pad_id, config.segment_mask)
     return Validation(store, numbers, layout, config.batch)

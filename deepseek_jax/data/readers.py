@@ -1,9 +1,12 @@
 """Reads a user's own files: .txt, .jsonl, .jsonl.gz and .parquet, a document at a time.
 
-* .txt: cut into documents of at most `documents.PIECE` characters, at blank lines where
-  there are some, so that one large file can be shuffled and split like many small ones;
 * .jsonl(.gz): one object a line, with `text` and, if you like, `domain`;
-* .parquet: a column `text` and, if you like, a column `domain`.
+* .parquet: a column `text` and, if you like, a column `domain`;
+* .txt among others of its domain: a document;
+* .txt alone in its domain: documents of at most `documents.PIECE` characters, cut at
+  blank lines where there are some, since with one there would be none to hold out. If
+  the file is a book, validation is on passages of the book that is trained on; if it is
+  a collection, give its texts as lines of .jsonl to keep each on one side.
 """
 
 import gzip
@@ -31,16 +34,21 @@ def suffix_of(path: Path) -> str:
     )
 
 
-def read(path: Path, domain: str) -> Iterator[Document]:
-    """The documents of a file; `domain` is for those that don't name one.
+def read(path: Path, domain: str, *, alone: bool) -> Iterator[Document]:
+    """The documents of a file, of any length, blank ones too.
+
+    Args:
+      domain: of the documents that don't name one.
+      alone: no other file is of this domain.
 
     Raises:
       ValueError: text that is not UTF-8 (with its byte offset), a line or row without
         text (with its number), or a file that is not what its suffix says.
     """
-    for text, own_domain, place in READERS[suffix_of(path)](path):
-        if text.strip():
-            yield document(own_domain or domain, text, f"{path.name}:{place}")
+    suffix = suffix_of(path)
+    texts = _txt_pieces if alone and suffix == ".txt" else READERS[suffix]
+    for text, own_domain, place in texts(path):
+        yield document(own_domain or domain, text, f"{path.name}:{place}")
 
 
 type _Texts = Iterator[tuple[str, str, int]]  # text, domain or "", place in the file
@@ -60,6 +68,11 @@ def _lines(file: Iterable[bytes], path: Path) -> Iterator[str]:
 
 
 def _txt(path: Path) -> _Texts:
+    with path.open("rb") as file:
+        yield "".join(_lines(file, path)), "", 1
+
+
+def _txt_pieces(path: Path) -> _Texts:
     with path.open("rb") as file:
         for number, text in enumerate(cut(_lines(file, path)), 1):
             yield text, "", number

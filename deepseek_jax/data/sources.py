@@ -6,12 +6,13 @@ their bytes, so a run goes on with the same text even when a file is edited mean
 
 import glob
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from deepseek_jax.config import DataConfig
 from deepseek_jax.data import corpora, readers
-from deepseek_jax.data.cache import default_cache
+from deepseek_jax.data.cache import default_cache, file_hash
 from deepseek_jax.data.corpus import (
     FORMAT,
     Corpus,
@@ -19,7 +20,7 @@ from deepseek_jax.data.corpus import (
     open_folder,
     write_corpus,
 )
-from deepseek_jax.data.documents import PIECE, Document
+from deepseek_jax.data.documents import PIECE, Document, cut_documents, deduplicate
 
 MANY = 16  # files; more don't make a domain each
 
@@ -27,8 +28,9 @@ MANY = 16  # files; more don't make a domain each
 def open_corpus(config: DataConfig, cache_dir: str | Path | None = None) -> Corpus:
     """Opens the corpus of `config.source`, building or importing it at the first call.
 
-    A file's documents are of the domain that they name, else of the one named like the
-    file, or like its folder when there are more than 16 files.
+    A file's documents (`readers` says what they are) are of the domain that they name,
+    else of the one named like the file, or like its folder when there are more than 16
+    files. Long ones are cut, equal ones are dropped, in any domain.
 
     Args:
       cache_dir: where corpora, tokenizers and token files are kept; None takes
@@ -124,12 +126,15 @@ def _files(source: str) -> dict[Path, str]:
 def _key(files: dict[Path, str]) -> str:
     key = hashlib.sha256(f"{FORMAT} {PIECE}".encode())
     for path, domain in files.items():
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        key.update(f"\n{path.name}\n{domain}\n{content}".encode())
+        key.update(f"\n{path.name}\n{domain}\n{file_hash(path)}".encode())
     return key.hexdigest()[:16]
 
 
 def _read_all(files: dict[Path, str]) -> Iterator[Document]:
-    for path, domain in files.items():
-        yield from readers.read(path, domain)
+    files_of = Counter(files.values())
+    whole = (
+        item
+        for path, domain in files.items()
+        for item in readers.read(path, domain, alone=files_of[domain] == 1)
+    )
+    return cut_documents(deduplicate(whole))

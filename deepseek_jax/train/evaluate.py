@@ -31,7 +31,10 @@ class Sums(NamedTuple):
 def make_evaluate_batch(
     parts: Parts, domains: int
 ) -> Callable[[Params, Any, Batch], tuple[Sums, Array]]:
-    """The jitted evaluation of one batch: its sums, and the selection [R, B, L, K]."""
+    """The jitted evaluation of one batch: its sums, and a probe of its selection.
+
+    The probe is the first row's, [R, L, K], -1 where a router counts nothing.
+    """
     config = parts.config
     length, experts = config.data.length, config.model.moe.num_experts
 
@@ -39,7 +42,6 @@ def make_evaluate_batch(
         params: Params, balance: Any, batch: Batch
     ) -> tuple[Sums, Array]:
         out = forward(parts, params, balance, batch, totals(parts, batch))
-        rows = batch.tokens.shape[0]
         nll, targets = [], []
         for k, h_BLD in enumerate((out.hidden_BLD, *out.mtp_JBLD)):
             span = slice(k + 1, k + 1 + length)
@@ -57,7 +59,8 @@ def make_evaluate_batch(
             nll.append(nll_T @ of_T)
             targets.append(of_T.sum(0))
         chosen_RTK = out.aux.experts
-        valid_RT = router_masks(parts, batch).reshape(chosen_RTK.shape[:2])
+        valid_RBL = router_masks(parts, batch)
+        valid_RT = valid_RBL.reshape(chosen_RTK.shape[:2])
         domain_RT = jnp.where(valid_RT, batch.domain[:, :length].reshape(-1), domains)
         slot_RTK = domain_RT[..., None] * experts + chosen_RTK
         load = jax.vmap(lambda slot: jnp.bincount(slot, length=domains * experts))(
@@ -66,7 +69,7 @@ def make_evaluate_batch(
         sums = Sums(
             jnp.stack(nll), jnp.stack(targets), load.reshape(-1, domains, experts)
         )
-        return sums, chosen_RTK.reshape(-1, rows, length, chosen_RTK.shape[-1])
+        return sums, jnp.where(valid_RBL[:, 0, :, None], chosen_RTK[:, :length], -1)
 
     whole, rows = meshes.replicated(parts.mesh), meshes.by_rows(parts.mesh)
     return jax.jit(
@@ -75,10 +78,10 @@ def make_evaluate_batch(
 
 
 class Evaluation(NamedTuple):
-    """Metrics by their `eval_` names, and the probe: selection on the first batch."""
+    """Metrics by their `eval_` names, and the probe: every batch's first row."""
 
     metrics: dict[str, Any]
-    probe: np.ndarray  # [R, T, K] of the first batch's valid positions
+    probe: np.ndarray  # int16 [R, T, K], -1 where a router counts nothing
 
 
 def evaluate(
@@ -95,22 +98,22 @@ def evaluate(
     Raises:
       ValueError: there is no validation batch.
     """
-    totals_, probe = None, None
+    whole, probes = None, []
     for batch in batches:
-        sums, chosen = evaluate_batch(state.params, state.balance, batch)
+        sums, chosen_RLK = evaluate_batch(state.params, state.balance, batch)
         sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
-        if totals_ is None:
-            valid_BL = np.asarray(batch.segment[:, : parts.config.data.length]) > 0
-            probe = np.asarray(chosen)[:, valid_BL].astype(np.int16)
-            totals_ = sums
-        else:
-            totals_ = jax.tree.map(np.add, totals_, sums)
-    if totals_ is None or probe is None:
+        whole = sums if whole is None else jax.tree.map(np.add, whole, sums)
+        probes.append(np.asarray(chosen_RLK, np.int16))
+    if whole is None:
         raise ValueError("the validation set is empty: raise data.val_fraction")
-    metrics = summarise(totals_, parts.config.model.num_moe, domains)
+    probe = np.concatenate(probes, 1)
+    metrics = summarise(whole, parts.config.model.num_moe, domains)
     flips = None
     if previous is not None and previous.shape == probe.shape:
-        flips = routing.flips(previous, probe).tolist()
+        flips = [
+            float(routing.flips(before, after, after[:, 0] >= 0))
+            for before, after in zip(previous, probe, strict=True)
+        ]
     metrics["eval_routing_flips"] = flips
     return Evaluation(metrics, probe)
 

@@ -9,7 +9,7 @@ import pytest
 
 from deepseek_jax.config import DataConfig
 from deepseek_jax.data import corpora
-from deepseek_jax.data.corpus import MANIFEST, Index
+from deepseek_jax.data.corpus import LEAST, MANIFEST, Index
 from deepseek_jax.data.documents import PIECE, document
 from deepseek_jax.data.sources import open_corpus
 
@@ -80,13 +80,36 @@ def test_other_packages_make_another_corpus(builtin, monkeypatch):
     assert corpora.build(builtin.cache) != builtin.root
 
 
-def test_every_domain_has_held_out_text(builtin):
+def test_validation_is_a_little_text_of_many_documents(builtin):
     index = Index.of(builtin)
-    held_out = index.held_out(0.01)
+    held_out, validation = index.held_out(0.01), index.validation(0.01)
     for domain in range(4):
         rows = index.domain_N == domain
-        share = index.size_N[rows & held_out].sum() / index.size_N[rows].sum()
-        assert 0.01 <= share < 0.03
+        texts = set(index.digest_N[rows & validation])
+        assert len(texts) >= LEAST
+        assert texts == set(index.digest_N[rows & held_out])
+        total = index.size_N[rows].sum()
+        assert 0.01 <= index.size_N[rows & validation].sum() / total < 0.013
+        assert index.size_N[rows & held_out].sum() / total < 0.1
+
+
+def test_the_order_of_a_file_system_does_not_matter(tmp_path, monkeypatch):
+    """Of equal modules the first is kept, and its name is part of the corpus."""
+    for name in ("b.py", "a.py", "c/d.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n" * 99)
+    monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name: tmp_path)
+    monkeypatch.setattr(corpora, "PACKAGES", ("numpy",))
+    found = list(tmp_path.rglob("*.py"))
+    listed = metadata.files("numpy")[:300]
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: iter(found))
+    monkeypatch.setattr(metadata, "files", lambda name: listed)
+    first = [item.name for item in corpora.python_modules()]
+    found.reverse()
+    listed.reverse()
+    assert [item.name for item in corpora.python_modules()] == first
+    assert first[:3] == ["a.py", "b.py", "c/d.py"]
+    assert len(first) > 10
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Corpus folders: content addressing, checking, the held-out split."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepseek_jax.data import corpus as corpus_module
 from deepseek_jax.data.corpus import (
     DOCUMENTS,
+    LEAST,
     MANIFEST,
     Index,
     open_folder,
@@ -35,7 +38,9 @@ def test_round_trip_and_manifest(tmp_path):
     assert list(corpus.documents()) == TEXTS
     assert corpus.domains == ("a", "b")
     manifest = json.loads((folder / MANIFEST).read_text())
-    assert folder.name == corpus.hash[:16] == manifest["files"][DOCUMENTS][:16]
+    assert folder.name == corpus.hash[:16]
+    content = (folder / DOCUMENTS).read_bytes()
+    assert manifest["files"] == {DOCUMENTS: hashlib.sha256(content).hexdigest()}
     for name, count in manifest["domains"].items():
         texts = [item.text for item in TEXTS if item.domain == name]
         assert count["documents"] == len(texts)
@@ -52,6 +57,14 @@ def test_a_copied_folder_is_the_same_corpus(tmp_path):
 def test_content_decides_the_hash(tmp_path):
     changed = [*TEXTS[:-1], TEXTS[-1]._replace(text=TEXTS[-1].text + "!")]
     assert write_corpus(changed, tmp_path) != write_corpus(TEXTS, tmp_path)
+
+
+def test_so_does_the_format_by_which_content_is_split(tmp_path, monkeypatch):
+    first = write_corpus(TEXTS, tmp_path)
+    monkeypatch.setattr(corpus_module, "FORMAT", 99)
+    second = write_corpus(TEXTS, tmp_path)
+    assert opened(second).hash.startswith(second.name)
+    assert second != first
 
 
 def test_many_builders_at_once(tmp_path):
@@ -137,6 +150,45 @@ def test_split_properties(index, fraction):
         assert share >= fraction or len(set(texts) - set(index.digest_N[held_out])) <= 1
 
 
+@given(indices(), st.floats(0.001, 0.999))
+def test_validation_properties(index, fraction):
+    held_out, validation = index.held_out(fraction), index.validation(fraction)
+    assert not (validation & ~held_out).any()
+    for domain in np.unique(index.domain_N):
+        rows = index.domain_N == domain
+        texts = set(index.digest_N[rows & held_out])
+        assert set(index.digest_N[rows & validation]) == texts
+        sizes = index.size_N[rows & validation]
+        needed = fraction * index.size_N[rows].sum()
+        assert sizes.sum() >= needed or not (rows & held_out & ~validation).any()
+        # No more than it takes: without its largest piece it falls short.
+        if len(sizes) > len(texts):
+            assert sizes.sum() - sizes.max() < needed
+
+
+@pytest.mark.parametrize(("texts", "held"), [(1, 0), (2, 1), (60, 6), (999, LEAST)])
+def test_some_texts_are_held_out_however_few_bytes_that_takes(texts, held):
+    rng = np.random.default_rng(0)
+    index = Index(
+        np.repeat(rng.integers(0, 2**63, texts).astype(np.uint64), 5),
+        np.zeros(5 * texts, np.int32),
+        np.full(5 * texts, 100),
+    )
+    assert index.held_out(1e-6).sum() == 5 * held
+    assert index.validation(1e-6).sum() == held
+
+
+def test_validation_is_on_every_part_of_a_text(monkeypatch):
+    monkeypatch.setattr(corpus_module, "LEAST", 200)
+    rng = np.random.default_rng(0)
+    digest_N = np.repeat(rng.integers(0, 2**63, 2000).astype(np.uint64), 4)
+    index = Index(digest_N, np.zeros(8000, np.int32), np.full(8000, 100))
+    for pieces in (200, 360):
+        parts = np.bincount(np.flatnonzero(index.validation((pieces - 0.5) / 8000)) % 4)
+        assert parts.sum() == pieces
+        assert parts.min() > 0.75 * pieces / 4
+
+
 def test_split_is_near_the_fraction_and_grows_with_it(tmp_path):
     many = [document("d", f"{i} {'x' * (i % 90)}", "n") for i in range(4000)]
     index = Index.of(opened(write_corpus(many, tmp_path)))
@@ -157,4 +209,4 @@ def test_the_sample_is_of_training_text_and_of_every_domain(tmp_path):
         size = sum(len(text) for text in sample if domain_of[text] == domain)
         assert 5_000 < size < 9_000  # 0.7 of 10,000
     everything = dataclasses.replace(corpus, val_fraction=1e-9)
-    assert len(list(everything.sample(10**9))) == len(many) - 2
+    assert len(list(everything.sample(10**9))) == len(many) - 2 * LEAST

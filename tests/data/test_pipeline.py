@@ -151,14 +151,15 @@ def test_lanes_do_not_change_domain_together(tmp_path):
 def test_validation_predicts_every_held_out_token_once(tmp_path, depth, mask):
     config, corpus = small_corpus(tmp_path, segment_mask=mask)
     store = open_store(corpus, BYTES)
-    numbers = np.flatnonzero(store.index.held_out(0.2))
+    numbers = np.flatnonzero(store.index.validation(0.2))
     held = validation(config, corpus, BYTES, depth=depth)
     got = list(held)
     assert len(got) == len(held)
     assert_equal(got, list(held))
-    tokens = np.concatenate([batch.tokens.reshape(-1, 17 + depth) for batch in got])
-    marks = np.concatenate([batch.mask for batch in got])
-    domains = np.concatenate([batch.domain for batch in got])
+    tokens, marks, domains = (
+        np.stack(arrays, 1).reshape(-1, 17 + depth)  # in the order of the stream
+        for arrays in zip(*((batch.tokens, batch.mask, batch.domain) for batch in got))
+    )
     for j in range(depth + 1):
         chosen = marks[:, 1 + j : 17 + j]
         targets = tokens[:, 1 + j : 17 + j][chosen]
@@ -177,6 +178,19 @@ def test_validation_predicts_every_held_out_token_once(tmp_path, depth, mask):
         np.testing.assert_array_equal(batch.mask, batch.segment > 0)
         np.testing.assert_array_equal(batch.mask, batch.domain >= 0)
         assert all(array.shape == (4, 17 + depth) for array in batch)
+
+
+@pytest.mark.parametrize("batch", [3, 8])
+def test_every_validation_batch_has_its_share_of_every_domain(tmp_path, batch):
+    config, corpus = small_corpus(tmp_path, documents=400, batch=batch)
+    parts = validation(config, corpus, BYTES, depth=0)
+    tokens_ND = np.array(
+        [np.bincount(part.domain[:, :16][part.mask[:, :16]]) for part in parts]
+    )
+    assert len(tokens_ND) > 5
+    assert (abs(tokens_ND - tokens_ND.mean(0)) <= 16 + 1).all(), "to within a row"
+    if batch == 8:
+        assert (tokens_ND > 0).all()
 
 
 def test_validation_is_the_same_for_every_way_of_training(tmp_path):
@@ -232,10 +246,11 @@ def test_a_state_without_this_process_lanes(tmp_path):
         batches(config, corpus, 1, state)
 
 
-def test_one_document_can_not_be_held_out(tmp_path):
-    path = write_jsonl(tmp_path / "one.jsonl", [{"text": "word " * 500}])
+@pytest.mark.parametrize("copies", [1, 50])
+def test_one_text_can_not_be_held_out(tmp_path, copies):
+    path = write_jsonl(tmp_path / "one.jsonl", [{"text": "word " * 500}] * copies)
     config, _ = small_corpus(tmp_path)
     config = dataclasses.replace(config, source=str(path), lanes=1)
     corpus = open_corpus(config, tmp_path / "cache")
-    with pytest.raises(ValueError, match="give at least two"):
+    with pytest.raises(ValueError, match="at least two texts that differ"):
         validation(config, corpus, BYTES, depth=1)

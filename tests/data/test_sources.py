@@ -11,7 +11,7 @@ import pytest
 
 from deepseek_jax.config import DataConfig
 from deepseek_jax.data.cache import default_cache
-from deepseek_jax.data.documents import PIECE
+from deepseek_jax.data.documents import PIECE, digest_of
 from deepseek_jax.data.sources import open_corpus, parse_weights
 from tests.data.texts import write_jsonl
 
@@ -57,12 +57,44 @@ def test_text_files_by_pattern(tmp_path):
     assert deep.domains == ("a", "b", "c")
 
 
-def test_long_text_files_are_cut_and_nothing_is_lost(tmp_path):
-    text = "".join(f"paragraph {i}\n\n" for i in range(5000))
-    (tmp_path / "long.txt").write_text(text)
-    pieces = [text for _, text in texts(opened(tmp_path / "long.txt", tmp_path))]
-    assert "".join(pieces) == text
-    assert PIECE // 2 < max(map(len, pieces)) <= PIECE
+LONG = "".join(f"paragraph {i}\n\n" for i in range(5000))
+
+
+def write_many_texts(folder):
+    """Twenty files, too many for a domain each, so that each is a document."""
+    for i in range(19):
+        (folder / f"{i}.txt").write_text(f"text {i}")
+    (folder / "long.txt").write_text(LONG)
+    return folder / "*.txt"
+
+
+WITH_LONG_TEXT = {
+    "alone.txt": lambda f: put(f / "alone.txt", LONG.encode()),
+    "many.txt": write_many_texts,
+    "x.jsonl": lambda f: write_jsonl(f / "x.jsonl", [{"text": LONG}, *ROWS]),
+    "x.parquet": lambda f: table(f / "x.parquet", text=["a", LONG]),
+}
+
+
+@pytest.mark.parametrize("case", WITH_LONG_TEXT)
+def test_long_texts_are_cut_and_nothing_is_lost(tmp_path, case):
+    corpus = opened(WITH_LONG_TEXT[case](tmp_path), tmp_path)
+    pieces = [item for item in corpus.documents() if "paragraph" in item.text]
+    assert "".join(item.text for item in pieces) == LONG
+    assert PIECE // 2 < max(len(item.text) for item in pieces) <= PIECE
+    digests = {item.digest for item in pieces}
+    if case == "alone.txt":
+        assert len(digests) == len(pieces), "else there were nothing to hold out"
+    else:
+        assert digests == {digest_of(LONG)}, "the split keeps a document together"
+
+
+def test_equal_texts_are_kept_once(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": LONG}, {"text": "x  y"}] * 25)
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "z"}, {"text": "x\ny"}])
+    found = texts(opened(tmp_path / "*.jsonl", tmp_path))
+    assert "".join(text for _, text in found) == LONG + "x  y" + "z"
+    assert found[-2:] == [("a", "x  y"), ("b", "z")]
 
 
 def test_many_files_are_of_the_domain_of_their_folder(tmp_path):

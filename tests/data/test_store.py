@@ -49,10 +49,41 @@ def test_tokens_are_made_once_per_tokenizer(tmp_path, monkeypatch):
             open_store(corpus, Other())
 
 
-def test_damage_is_named(tmp_path):
+def flip(content, place):
+    changed = bytearray(content)
+    changed[place] ^= 0xFF
+    return bytes(changed)
+
+
+DAMAGE = {
+    "cut": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "start": lambda content: flip(content, 0),
+    "middle": lambda content: flip(content, len(content) // 2),
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, "missing"])
+@pytest.mark.parametrize("name", [store.TOKENS, store.STARTS])
+def test_damage_is_named(tmp_path, name, damage):
     _, corpus = small_corpus(tmp_path)
     open_store(corpus, BYTES)
-    (file,) = (tmp_path / "cache").rglob("tokens.bin")
-    file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(ValueError, match=r"tokens.bin is damaged; delete"):
+    (file,) = (tmp_path / "cache").rglob(name)
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    with pytest.raises(ValueError, match=f"damaged .*; delete {file.parent}$"):
+        open_store(corpus, BYTES)
+
+
+def test_flags_of_the_archive_that_make_it_unreadable(tmp_path):
+    """A flag of each member says that it is encrypted: zipfile's RuntimeError."""
+    _, corpus = small_corpus(tmp_path)
+    open_store(corpus, BYTES)
+    (file,) = (tmp_path / "cache").rglob(store.STARTS)
+    content = bytearray(file.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged .*encrypted.*; delete"):
         open_store(corpus, BYTES)

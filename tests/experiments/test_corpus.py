@@ -38,7 +38,7 @@ def debian(monkeypatch, tmp_path):
             return "linux-doc-6.1\nlinux-doc-6.12\nlinux-doc-6.9\nanarchism\nother\n"
         if program == "apt-get":
             for package in arguments[1:]:
-                (cwd / f"{package}_1.0_all.deb").write_text(package)
+                (cwd / f"{package}_1%3a2.0-1_all.deb").write_text(package)
             return ""
         _, archive, tree = arguments
         package = archive.rsplit("/", 1)[-1].split("_")[0]
@@ -74,9 +74,9 @@ def test_debian_corpus(debian, capsys):
     assert counts["essays"] == counts["kernel"] == 3
     assert counts["code"] == 1
     assert 1 <= counts["arithmetic"] <= 10
-    names = [source["name"] for source in manifest["sources"]]
-    assert "linux-doc-6.12" in names
-    assert "linux-doc-6.9" not in names
+    versions = {source["name"]: source["version"] for source in manifest["sources"]}
+    assert versions["linux-doc-6.12"] == versions["anarchism"] == "1:2.0-1"
+    assert "linux-doc-6.9" not in versions
 
 
 def test_missing_packages_are_named(debian, monkeypatch, capsys):
@@ -101,6 +101,25 @@ def test_no_apt(monkeypatch, tmp_path):
 def test_a_tool_that_fails():
     with pytest.raises(ValueError, match=r"ls /no/such/folder failed: .*No such file"):
         command._run("ls", "/no/such/folder")
+
+
+def test_list_before_a_first_build(tmp_path, capsys):
+    command.main(["--list", "--cache", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "nothing built yet" in printed
+    assert "run python -m experiments.corpus" in printed
+
+
+def test_list_names_a_damaged_corpus_and_goes_on(tmp_path, capsys):
+    roots = sorted(
+        write_corpus([document("d", text, "n")], tmp_path / "corpora")
+        for text in ("one", "two")
+    )
+    (roots[0] / "documents.jsonl").write_text("")
+    command.main(["--list", "--cache", str(tmp_path)])
+    damaged, whole, _ = capsys.readouterr().out.splitlines()
+    assert f"{roots[0]}/documents.jsonl is missing or damaged" in damaged
+    assert whole == str(roots[1])
 
 
 def test_list_and_an_existing_out(tmp_path, monkeypatch, capsys):

@@ -5,10 +5,10 @@ Runs in the environment that tools/peers.sh makes (Python 3.11, torch, transform
   .cache/peers/bin/python tests/parity/make_fixtures.py make FOLDER [SEED]
   .cache/peers/bin/python tests/parity/make_fixtures.py check FOLDER...
 
-`make` writes a checkpoint for each entry of MODELS with `save_pretrained`, and beside it
-expected.npz: tokens [B, L], their float32 logits, what greedy decoding makes of a
-prompt and, where there is an MTP module, its logits. `check` loads checkpoints that have
-an expected.npz and prints the largest difference of their logits from it.
+`make` writes a checkpoint for each entry of MODELS with `save_pretrained`, and beside
+it expected.npz: tokens [B, L], their float32 logits, what greedy decoding makes of a
+prompt and, where there is an MTP module, its logits. `check` loads checkpoints that
+have an expected.npz and prints the largest difference of their logits from it.
 tests/parity/fixtures is `make` with the default seed.
 """
 
@@ -101,7 +101,8 @@ MODELS = {
     "v3_mtp": (DeepseekV3Config, V3 | {"num_mtp_layers": 1}, "float32", None, 1),
     "v3_bf16": (
         DeepseekV3Config,
-        V3 | {"num_mtp_layers": 2, "num_hidden_layers": 2, "routed_scaling_factor": 1.5},
+        V3
+        | {"num_mtp_layers": 2, "num_hidden_layers": 2, "routed_scaling_factor": 1.5},
         "bfloat16",
         "60KB",
         2,
@@ -199,7 +200,9 @@ def mtp_logits(folder: Path, model, tokens: np.ndarray, depth: int) -> np.ndarra
         hidden = mtp.layers[k - 1](
             embedded,
             hidden,
-            position_embeddings=model.model.rotary_emb(embedded, position_ids=positions),
+            position_embeddings=model.model.rotary_emb(
+                embedded, position_ids=positions
+            ),
             attention_mask=mask,
             position_ids=positions,
             past_key_values=None,
@@ -209,8 +212,9 @@ def mtp_logits(folder: Path, model, tokens: np.ndarray, depth: int) -> np.ndarra
 
 
 def add_mtp(folder: Path, model, depth: int, rng: torch.Generator) -> None:
-    """Appends MTP layers in the released form to a saved checkpoint: the last shard gets
-    them, with the names of the last layer's tensors and their shapes.
+    """Appends MTP layers in the released form to a saved checkpoint.
+
+    The last shard gets them, with the tensors of the last layer and their shapes.
     """
     layers, dim = model.config.num_hidden_layers, model.config.hidden_size
     index_file = folder / "model.safetensors.index.json"
@@ -247,9 +251,11 @@ def add_mtp(folder: Path, model, depth: int, rng: torch.Generator) -> None:
         tensors |= {f"model.layers.{layers + k}.{n}": v for n, v in own.items()}
     save_file(tensors, folder / last, metadata={"format": "pt"})
     if sharded:
-        added = {name: last for name in tensors}
+        added = dict.fromkeys(tensors, last)
         index["weight_map"] = dict(sorted((index["weight_map"] | added).items()))
-        everything = (v for f in folder.glob("*.safetensors") for v in load_file(f).values())
+        everything = (
+            v for f in folder.glob("*.safetensors") for v in load_file(f).values()
+        )
         index["metadata"]["total_size"] = sum(v.nbytes for v in everything)
         index["metadata"].pop("total_parameters", None)
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"

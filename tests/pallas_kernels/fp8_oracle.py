@@ -1,0 +1,23 @@
+"""Block quantisation in numpy, one block after the other: what tests compare with."""
+
+import ml_dtypes
+import numpy as np
+
+
+def quantized(x, block, power_of_two):
+    """Codes of x [..., M, N] as bytes, and scales, all in float32."""
+    *outer, rows, columns = x.shape
+    m, n = block
+    codes = np.empty(x.shape, np.uint8)
+    scales = np.empty((*outer, -(-rows // m), -(-columns // n)), np.float32)
+    for at in np.ndindex(*scales.shape):
+        *o, i, j = at
+        part = (*o, slice(i * m, i * m + m), slice(j * n, j * n + n))
+        amax = max(np.abs(x[part]).max(), np.float32(1e-4))
+        scale = np.float32(amax) / np.float32(448)
+        if power_of_two:
+            scale = np.float32(2.0 ** np.ceil(np.log2(np.float64(scale))))
+        scales[at] = scale
+        unit = np.clip(x[part] / scale, -448, 448)
+        codes[part] = unit.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    return codes, scales

@@ -1,0 +1,133 @@
+"""Released-format models against transformers and against the equations.
+
+The fixtures are tiny models that transformers saved, with the logits that it gave them
+(make_fixtures.py). PARITY=FOLDER takes another set of them, as `make parity` does.
+"""
+
+import filecmp
+import functools
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import deepseek_jax
+from deepseek_jax.convert.hf_export import export_hf
+from deepseek_jax.convert.hf_import import import_hf
+from deepseek_jax.eval import logits as logits_of
+from tests.parity import plain
+
+FIXTURES = Path(os.environ.get("PARITY", Path(__file__).parent / "fixtures"))
+MODELS = sorted(path.parent.name for path in FIXTURES.glob("*/expected.npz"))
+BOUND = 2e-5
+
+
+@pytest.fixture(scope="module")
+def workdirs(tmp_path_factory):
+    """Every fixture, converted."""
+    root = tmp_path_factory.mktemp("converted")
+    for name in MODELS:
+        import_hf(FIXTURES / name, root / name, say=lambda text: None)
+    return root
+
+
+@pytest.fixture(scope="module")
+def load(workdirs):
+    """(model, params, balance) of a fixture, loaded once."""
+
+    @functools.cache
+    def loaded(name):
+        config, params, balance, _ = deepseek_jax.load(workdirs / name)
+        return logits_of.build(config), params, balance
+
+    return loaded
+
+
+def expected(name):
+    return np.load(FIXTURES / name / "expected.npz")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(load, name):
+    want = expected(name)
+    got, _ = logits_of.compute(*load(name), want["tokens"])
+    assert np.abs(got - want["logits"]).max() <= BOUND
+    assert want["logits"].std() > 0.3  # the bound means something
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_decoding_says_the_same(load, name):
+    want = expected(name)["greedy"]
+    model, params, balance = load(name)
+    prompt = want.shape[1] - 32
+
+    @jax.jit
+    def step(tokens_BL, at):
+        position_BL = jnp.broadcast_to(jnp.arange(want.shape[1]), want.shape)
+        out = model.apply({"params": params}, tokens_BL, position_BL, balance)
+        here_B1D = jax.lax.dynamic_slice_in_dim(out.hidden_BLD, at - 1, 1, 1)
+        logits = model.apply({"params": params}, here_B1D, method="logits")
+        return tokens_BL.at[:, at].set(logits[:, 0].argmax(-1))
+
+    tokens = jnp.zeros_like(want).at[:, :prompt].set(want[:, :prompt])
+    for at in range(prompt, want.shape[1]):
+        tokens = step(tokens, at)
+    np.testing.assert_array_equal(tokens, want)
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if "mtp_logits" in expected(n)])
+def test_mtp_logits_are_those_of_transformers(load, name):
+    want = expected(name)
+    _, got = logits_of.compute(*load(name), want["tokens"], mtp=True)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want["mtp_logits"]))
+    assert np.nanmax(np.abs(got - want["mtp_logits"])) <= BOUND
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_logits_follow_from_the_equations(load, name):
+    tokens = expected(name)["tokens"][:1]
+    model, params, balance = load(name)
+    depth = model.config.mtp.depth
+    config, tensors = plain.read(FIXTURES / name)
+    want = plain.forward(config, tensors, tokens[0], depth)
+    main, mtp = logits_of.compute(model, params, balance, tokens, mtp=depth > 0)
+    for k, (got, right) in enumerate(zip((main, *mtp), want, strict=True)):
+        assert np.abs(got[0, : tokens.shape[1] - k] - right).max() <= BOUND
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if n.startswith("v3")])
+def test_biases_decide_who_is_chosen(load, name):
+    model, params, balance = load(name)
+    assert float(balance.min()) < -0.5 and float(balance.max()) > 0.5
+    want = expected(name)
+    got, _ = logits_of.compute(model, params, 0 * balance, want["tokens"])
+    assert np.abs(got - want["logits"]).max() > 0.1
+
+
+def test_masking_groups_with_zero_would_choose_other_experts():
+    config, tensors = plain.read(FIXTURES / "v3")
+    scores = plain.sigmoid(np.random.default_rng(0).normal(size=(200, 8)))
+    bias = tensors["model.layers.1.mlp.gate.e_score_correction_bias"] - 1.0
+    right = [set(plain.choose(config, s, bias)) for s in scores]
+    wrong = [set(plain.choose(config, s, bias, dropped=0.0)) for s in scores]
+    groups = [{e // 2 for e in chosen} for chosen in right]
+    assert all(len(g) <= config["topk_group"] for g in groups)
+    assert sum(a != b for a, b in zip(right, wrong)) > 100
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_way_back_gives_the_same_files(workdirs, tmp_path, name):
+    dtype = "bf16" if name.endswith("bf16") else "f32"
+    export_hf(workdirs / name, tmp_path / "hf", dtype=dtype)
+    files = {file.name for file in (FIXTURES / name).iterdir()} - {"expected.npz"}
+    assert {file.name for file in (tmp_path / "hf").iterdir()} == files
+    same, *_ = filecmp.cmpfiles(FIXTURES / name, tmp_path / "hf", files, shallow=False)
+    assert set(same) == files
+
+
+def test_fixtures_stay_small():
+    files = [f for f in (Path(__file__).parent / "fixtures").rglob("*") if f.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 4_000_000
