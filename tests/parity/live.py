@@ -41,8 +41,7 @@ def peer(*arguments: object) -> str:
     """Runs make_fixtures.py in its environment; its output."""
     run = subprocess.run(
         [PEER, MAKER, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )

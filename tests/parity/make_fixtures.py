@@ -144,7 +144,9 @@ def randomize(module: torch.nn.Module) -> None:
             continue
         with torch.no_grad():
             if "e_score_correction_bias" in name:
-                p.uniform_(-1.0, 1.0)
+                half = torch.arange(len(p)) < len(p) // 2
+                sign = torch.where(half[torch.randperm(len(p))], 1.0, -1.0)
+                p.uniform_(0.5, 1.0).mul_(sign)
             elif p.dim() == 1:
                 p.uniform_(0.5, 1.5)
             elif name.endswith(("mlp.gate.weight", "embed_tokens.weight")):
