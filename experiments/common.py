@@ -5,13 +5,14 @@ The only place where ConfigDicts become dataclasses. A config file has
 unknown one is refused with the nearest known name, wherever it was written.
 """
 
+import argparse
 import difflib
 import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -29,6 +30,13 @@ value, --config.optim.mtp_weight_changes='((200, 0.1),)'. deepseek_jax/config.py
 every field with its meaning and default."""
 
 flags.DEFINE_bool("traceback", False, "Show where an error came from.")
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as every other bad input: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
 
 
 def to_config_dict(config: Config) -> ConfigDict:

@@ -25,7 +25,6 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 
@@ -35,13 +34,6 @@ from experiments import common
 DTYPES = """\
 what the weights are stored in: bf16 (the default), fp8 as released (E4M3 in blocks of
 128 x 128, the rest bf16), or f32; router biases are f32 always"""
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as every other bad input: one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see {self.prog} --help")
 
 
 class Bar:
@@ -70,9 +62,9 @@ class Bar:
         print(lead + text, end=end, file=sys.stderr, flush=True)
 
 
-def parser() -> Parser:
+def parser() -> common.Parser:
     """The command line."""
-    found = Parser(
+    found = common.Parser(
         "python -m experiments.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

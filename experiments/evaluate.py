@@ -11,7 +11,7 @@ import contextlib
 import math
 import shutil
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -39,14 +39,7 @@ deepseek_jax.eval.logits.compute.
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as every other bad input: one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see {self.prog} --help")
-
-
-def add_logits(commands: Any, options_of_all: Parser) -> None:
+def add_logits(commands: Any, options_of_all: common.Parser) -> None:
     parser = commands.add_parser(
         "logits",
         parents=[options_of_all],
@@ -121,12 +114,12 @@ COMMANDS = (add_logits,)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(
+    parser = common.Parser(
         "python -m experiments.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    options_of_all = Parser(add_help=False)
+    options_of_all = common.Parser(add_help=False)
     options_of_all.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help=CHECKPOINT
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_jax.checkpoint.folders import SOURCE
+from deepseek_jax.checkpoint.manager import DiskFull, is_disk_full
 from deepseek_jax.checkpoint.streaming import Index, Leaf
 from deepseek_jax.convert import fp8_blocks, names
 from deepseek_jax.convert.tensorfile import Stored, read_header
@@ -122,15 +123,23 @@ def load_scales(step_dir: Path) -> dict[str, Stored]:
     return {name.removesuffix(fp8_blocks.SUFFIX): s for name, s in found.items()}
 
 
+def check_new(path: Path) -> None:
+    """Refuses to write where something is.
+
+    Raises:
+      ValueError: `path` exists already, and is no empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists already: choose another name or remove it")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `path`, renamed to it when all went well.
 
     Raises:
-      ValueError: `path` exists already.
+      DiskFull: the disk was full before that.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists already: choose another name or remove it")
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     temporary = path.absolute().with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -138,5 +147,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(path)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise DiskFull(f"the disk is full: {path} could not be written") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -76,6 +76,7 @@ def export_hf(
     if dtype not in DTYPE_NAMES:
         raise ValueError(f"dtype = {dtype!r}: must be {', '.join(DTYPE_NAMES)}")
     source, target = Path(source), Path(target)
+    common.check_new(target)
     plan = inspect(source, dtype, ue8m0, stacked)
     files = _layout(plan, shard)
     with common.new_folder(target) as folder:

@@ -75,6 +75,7 @@ def import_hf(
       OSError: the disk is too small (`DiskFull`), or reading or writing failed.
     """
     source, target = Path(source), Path(target)
+    common.check_new(target)
     plan = inspect(source, say)
     config = Config(
         model=plan.model,

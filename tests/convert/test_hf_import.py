@@ -237,6 +237,16 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+@pytest.mark.parametrize("kind", [OSError, ValueError])
+def test_a_disk_that_fills_up_is_said_to_be_full(tmp_path, kind):
+    def fail(done, total, what):
+        raise kind("write failed: No space left on device")
+
+    with pytest.raises(DiskFull, match=r"the disk is full: .*ours could not"):
+        import_hf(released.FIXTURES / "v3_mtp", tmp_path / "ours", progress=fail)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_existing_target_is_not_touched(tmp_path):
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "mine").write_text("x")

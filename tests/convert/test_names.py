@@ -9,7 +9,7 @@ import pytest
 
 from deepseek_jax import presets
 from deepseek_jax.config import AttentionConfig, MTPConfig
-from deepseek_jax.convert import names
+from deepseek_jax.convert import config_json, names
 from deepseek_jax.model.count import shapes
 from tests.convert import released
 from tests.factory import SMALL
@@ -99,8 +99,6 @@ def test_every_row_of_the_table_is_used():
 
 @pytest.mark.parametrize("name", [p.name for p in sorted(released.FIXTURES.iterdir())])
 def test_names_and_shapes_are_those_that_transformers_writes(name):
-    from deepseek_jax.convert import config_json
-
     config, there = released.fixture(name)
     model, family = config_json.read(config)
     if not any(n.startswith(names.mtp_prefix(model, 0)) for n in there):

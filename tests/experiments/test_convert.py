@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def command(*arguments, code="from experiments import convert; convert.main()"):
     """Runs the command in a process of its own."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         cwd=ROOT,
