@@ -19,5 +19,5 @@ for python in python3.11 "$pyenv"/versions/3.11*/bin/python3.11; do
             "torch==$torch" "transformers==$transformers" >&2
     fi
 done
-echo "--peers needs Python 3.11: there is none on PATH or among pyenv's versions" >&2
+echo "PyTorch and transformers need Python 3.11: there is none on PATH or among pyenv's versions" >&2
 exit 1
