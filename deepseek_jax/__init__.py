@@ -20,7 +20,8 @@ def load(path: str | Path) -> "tuple[Config, dict[str, Any], Any, Tokenizer | No
       path: a workdir, its checkpoints/, or one step.
 
     Raises:
-      ValueError: there is no good checkpoint at `path`.
+      ValueError: there is no good checkpoint at `path`, or the tokenizer beside it is
+        another one than the run was trained with.
     """
     import dataclasses
 
@@ -32,13 +33,19 @@ def load(path: str | Path) -> "tuple[Config, dict[str, Any], Any, Tokenizer | No
     from deepseek_jax.train.state import assemble, init_state
 
     root, step = folders.resolve(path)
-    config = from_dict(Config, manager.read_config(root, step)["config"])
+    description = manager.read_config(root, step)
+    config = from_dict(Config, description["config"])
     # The run may have had more devices than there are here.
     parts = assemble(dataclasses.replace(config, mesh=MeshConfig()))
     like = jax.eval_shape(lambda: init_state(parts, config.seed))
     wanted = {"params": like.params, "balance": like.balance}
     restored = manager.restore(root, wanted, step=step, partial=True)
     assert restored is not None
-    folder = root.parent / "tokenizer"
-    vocabulary = tokenizer.load(folder) if folder.is_dir() else None
+    folder, trained = root.parent / "tokenizer", description["tokenizer"]["hash"]
+    vocabulary = tokenizer.load(folder) if trained or folder.is_dir() else None
+    if vocabulary and trained and vocabulary.hash != trained:
+        raise ValueError(
+            f"{folder} holds another tokenizer (hash {vocabulary.hash}) than the "
+            f"checkpoint was trained with (hash {trained}); copy that one back"
+        )
     return config, restored.state["params"], restored.state["balance"], vocabulary

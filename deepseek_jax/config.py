@@ -8,6 +8,7 @@ Architecture is chosen by these fields, never by a model's name.
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from dataclasses import dataclass, field
@@ -427,6 +428,17 @@ def signature(config: Config) -> dict[str, typing.Any]:
 def to_dict(config: typing.Any) -> dict[str, typing.Any]:
     """The nested plain dict of a config, fit for JSON; `from_dict` inverts it."""
     return dataclasses.asdict(config)
+
+
+def flatten(values: typing.Any, at: str = "") -> dict[str, typing.Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}, with tuples as lists, as JSON has them."""
+    flat: dict[str, typing.Any] = {}
+    for key, value in values.items():
+        if isinstance(value, typing.Mapping):
+            flat |= flatten(value, f"{at}{key}.")
+        else:
+            flat[f"{at}{key}"] = json.loads(json.dumps(value))
+    return flat
 
 
 def from_dict[T](

@@ -7,6 +7,8 @@ unknown one is refused with the nearest known name, wherever it was written.
 
 import argparse
 import difflib
+import dis
+import os
 import re
 import sys
 import traceback
@@ -17,8 +19,7 @@ from typing import Any, NoReturn
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from deepseek_jax.checkpoint.metadata import flatten
-from deepseek_jax.config import Config, from_dict, to_dict
+from deepseek_jax.config import Config, flatten, from_dict, to_dict
 
 BAD_INPUT, STOPPED, INTERRUPTED = 2, 1, 130  # exit codes
 
@@ -29,7 +30,8 @@ FILE.py, or FILE.py:ARG for a switch of that file such as :smoke. \
 value, --config.optim.mtp_weight_changes='((200, 0.1),)'. deepseek_jax/config.py lists \
 every field with its meaning and default."""
 
-flags.DEFINE_bool("traceback", False, "Show where an error came from.")
+TRACEBACK = "Show where an error came from."
+flags.DEFINE_bool("traceback", False, TRACEBACK)
 
 
 class Parser(argparse.ArgumentParser):
@@ -114,11 +116,24 @@ def require(holder: flags.FlagHolder[Any], example: str) -> Any:
     return holder.value
 
 
+def arguments(module: str, about: str | None) -> Parser:
+    """The parser of a command that takes no config, with --traceback."""
+    parser = Parser(
+        f"python -m {module}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--traceback", action="store_true", help=TRACEBACK)
+    return parser
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a command; a foreseen error is one line on stderr and an exit code.
 
     2 is bad input, 1 a run that had to stop (a loss that is no number, a full disk),
-    130 an interrupt.
+    130 an interrupt. Anything else is a bug and keeps its stack trace, also a
+    ValueError that no line of ours raised.
     """
     app.run(
         lambda _: guarded(main), flags_parser=lambda argv: guarded(parse_flags, argv)
@@ -130,6 +145,8 @@ def guarded(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except ValueError as error:
+        if not is_ours(error):
+            raise
         caught, code = error, BAD_INPUT
     except (FloatingPointError, OSError) as error:
         caught, code = error, STOPPED
@@ -140,3 +157,21 @@ def guarded(function: Callable[..., Any], *arguments: Any) -> Any:
     kind = "" if code == INTERRUPTED else "error: "
     print(kind + " ".join((str(caught) or "interrupted").split()), file=sys.stderr)
     sys.exit(code)
+
+
+def is_ours(error: Exception) -> bool:
+    """Whether a `raise` outside the installed packages made an error.
+
+    Looking at the file alone would not do: JAX cuts its own frames out of a traceback,
+    and code in C has none.
+    """
+    last = error.__traceback__
+    while last and last.tb_next:
+        last = last.tb_next
+    if last is None:
+        return False
+    code = last.tb_frame.f_code
+    installed = {"site-packages", "dist-packages"} & set(Path(code.co_filename).parts)
+    standard = code.co_filename.startswith(os.path.dirname(os.__file__) + os.sep)
+    raised = dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+    return raised and not installed and not standard

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 import deepseek_jax
-from deepseek_jax.checkpoint.metadata import replacing
 from deepseek_jax.eval import logits
+from deepseek_jax.files import replacing
 from experiments import common
 
 CHECKPOINT = (

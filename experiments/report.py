@@ -5,7 +5,6 @@
 --workdir is a sweep's folder or a single run's.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -15,11 +14,7 @@ from experiments import common
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m experiments.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = common.arguments("experiments.report", __doc__)
     parser.add_argument("--workdir", required=True, type=Path)
     workdir = parser.parse_args(arguments).workdir
     study = runs.read(workdir)
@@ -28,7 +23,7 @@ def main(arguments: list[str]) -> None:
             study = study.settled()
             rows = [seeds.summarize(run) for run in study.runs]
             tables.write_summaries(workdir, rows)
-    except ValueError:
+    except hooks.InUse:
         print("still running: the summary is left to the sweep", file=sys.stderr)
     page = report.write(study)
     print(f"{tables.text_table(study)}\n\n{tables.verdict(study)}\n\nReport: {page}")

@@ -8,7 +8,6 @@ that the sweep file has meanwhile. Ctrl-C lets the runs save, and exits with 130
 that failed does not stop the others, and makes the exit code 1.
 """
 
-import argparse
 import shlex
 import sys
 from pathlib import Path
@@ -20,11 +19,7 @@ from experiments.launch import local, plan
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m experiments.sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = common.arguments("experiments.sweep", __doc__)
     parser.add_argument("--sweep", required=True, metavar="FILE.py[:ARG]")
     parser.add_argument("--workdir", required=True, type=Path)
     parser.add_argument("--config", help="the base config instead of the sweep's own")
@@ -34,6 +29,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"--workers={options.workers}: must be 1 or more")
     command = shlex.join(["python", "-m", "experiments.sweep", *arguments])
     planned = plan.load(options.sweep, options.config, command)
+    plan.open_corpora(planned)
     with hooks.exclusive(options.workdir):
         plan.save(planned, options.workdir)
         code = local.run(planned, options.workdir, options.workers)

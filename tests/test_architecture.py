@@ -18,11 +18,12 @@ SOURCES = (*LIBRARY, "experiments", "benchmarks")
 
 # What a module may import besides the standard library and its own package. The longest
 # name that fits it counts; a leading dot stands for `deepseek_jax`, `*` for one name.
-CORE = ".typing .config"
+CORE = ".typing .config .files"
 MAY_IMPORT = {
     "pallas_kernels": "jax",
     ".typing": "jax",
     ".config": "",
+    ".files": "",
     ".presets": ".config",
     ".schedule": f"{CORE} jax",
     ".ops": f"{CORE} .schedule .precision pallas_kernels.*.reference jax numpy",
@@ -272,6 +273,7 @@ def test_no_loose_ends_machine_paths_or_hosts():
     [
         ("pallas_kernels.flash_mla.api", "import numpy"),
         ("deepseek_jax.config", "import jax"),
+        ("deepseek_jax.files", "import numpy"),
         ("deepseek_jax.ops.norm", "from pallas_kernels.flash_mla.api import attention"),
         ("deepseek_jax.ops.norm", "from deepseek_jax.model import block"),
         ("deepseek_jax.ops.norm", "from ..model import block"),

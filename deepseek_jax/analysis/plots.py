@@ -24,6 +24,7 @@ from deepseek_jax.analysis.charts import (
     Heat,
     Line,
 )
+from deepseek_jax.files import replacing
 
 PANEL_HEIGHT = 270  # pixels of the page
 ROW_HEIGHT, NAMED_ROW_HEIGHT = 8, 17
@@ -285,10 +286,9 @@ def _static_heat(figure: Figure, axis: Axes, heat: Heat) -> None:
 
 
 def save(chart: Chart, path: Path) -> None:
-    """Writes the chart as a PNG, under a temporary name first."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    static(chart).savefig(temporary, format="png", dpi=130)
-    temporary.replace(path)
+    """Writes the chart as a PNG."""
+    with replacing(path) as temporary:
+        static(chart).savefig(temporary, format="png", dpi=130)
 
 
 def plotly_js() -> str:

@@ -25,8 +25,8 @@ from deepseek_jax.analysis.tables import (
     table,
     text_of,
     verdict,
-    write_text,
 )
+from deepseek_jax.files import write_text
 
 MAX_PICTURED = 12  # settings whose heatmaps become pictures
 MAX_DETAILED = 60  # runs that the page shows side by side

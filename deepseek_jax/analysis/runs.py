@@ -16,6 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from deepseek_jax.config import flatten
+from deepseek_jax.files import read_lines
+
 Record = dict[str, Any]
 
 LOG_START = "$ "  # before the command of each start in a run's log.txt
@@ -30,18 +33,11 @@ def read_records(path: Path) -> list[Record]:
     Raises:
       ValueError: another line is no JSON object.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            if number < len(lines) and line.strip():
-                raise ValueError(f"{path}, line {number}: no JSON object") from None
-    return records
+    records = [record for _, record in read_lines(path)]
+    if None in records[:-1]:
+        line = records.index(None) + 1
+        raise ValueError(f"{path}, line {line}: no JSON object")
+    return [record for record in records if record is not None]
 
 
 def read_json(path: Path, default: Any) -> Any:
@@ -237,7 +233,7 @@ def gather(paths: Iterable[Path], title: str) -> Study:
     found = [read_run(Path(path)) for path in paths]
     if len({run.name for run in found}) < max(1, len(found)):
         raise ValueError(f"{title}: needs runs in folders of different names")
-    flat = [_flat(run.config) for run in found]
+    flat = [flatten(run.config) for run in found]
     differing = [
         key
         for key in dict.fromkeys(key for config in flat for key in config)
@@ -248,14 +244,6 @@ def gather(paths: Iterable[Path], title: str) -> Study:
         for run, config in zip(found, flat, strict=True)
     ]
     return Study(runs[0].path.parent, title, with_labels(runs))
-
-
-def _flat(config: dict[str, Any], at: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in config.items():
-        deep = isinstance(value, dict)
-        flat |= _flat(value, f"{at}{key}.") if deep else {f"{at}{key}": value}
-    return flat
 
 
 def last_error(log: Path) -> str:

@@ -16,6 +16,7 @@ from deepseek_jax.analysis.seeds import (
     spread,
     summarize,
 )
+from deepseek_jax.files import write_text
 
 HEADINGS = {
     "eval_ce": "validation loss",
@@ -115,10 +116,3 @@ def write_summaries(path: Path, rows: Sequence[Record]) -> None:
     for row in rows:
         writer.writerow(row | {"overrides": json.dumps(row["overrides"])})
     write_text(path / "summary.csv", sheet.getvalue())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes under a temporary name first, so that a reader sees all or nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

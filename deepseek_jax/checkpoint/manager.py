@@ -20,6 +20,8 @@ from jax.sharding import SingleDeviceSharding
 
 from deepseek_jax.checkpoint.folders import (
     ITEMS,
+    Say,
+    choose,
     find_damage,
     newest_good,
     steps,
@@ -28,9 +30,7 @@ from deepseek_jax.checkpoint.folders import (
 
 UNFINISHED = ".orbax-checkpoint-tmp*"  # appended by Orbax until a save is whole
 CHUNK = 64 << 20  # bytes of an array that are stored together, at most
-DAMAGED = ".damaged"  # appended to the name of a step that could not be restored
-
-Say = Callable[[str], None]
+DAMAGED = ".damaged"  # appended to the name of a step that is not whole
 
 # Orbax also logs, with stack traces, the failures that it raises and we report.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -41,13 +41,12 @@ class DiskFull(OSError):
 
 
 class Restored(NamedTuple):
-    """A checkpoint's content; `damaged` are newer steps that had to be passed over."""
+    """A checkpoint's content."""
 
     step: int
     state: Any
     data: Any
     config: dict[str, Any]
-    damaged: tuple[int, ...] = ()
 
 
 def to_stderr(text: str) -> None:
@@ -59,11 +58,15 @@ def read_config(root: Path, step: int | None = None) -> dict[str, Any]:
     """The `config` item of a step, by default the newest good one's.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or as `folders.choose`.
     """
-    step = newest_good(root) if step is None else step
-    if step is None:
-        raise ValueError(f"{root} holds no whole checkpoint")
+    chosen = choose(root, step)
+    if chosen is None:
+        raise ValueError(f"{root} holds no checkpoint")
+    return _read_config(root, chosen)
+
+
+def _read_config(root: Path, step: int) -> dict[str, Any]:
     with _checkpointer() as reader:
         args = ocp.args.Composite(config=ocp.args.JsonRestore())
         config: dict[str, Any] = reader.restore(root / str(step), args=args)["config"]
@@ -81,41 +84,30 @@ def restore(
 ) -> Restored | None:
     """Restores the newest good checkpoint, or `step`, bit for bit.
 
+    Good is what its digests prove to be whole. An error in reading such a checkpoint
+    says nothing against it, and is raised.
+
     Args:
       root: the checkpoints folder.
       like: the state's pytree of arrays or `jax.ShapeDtypeStruct`s; its shardings are
         those of the result.
-      step: only this one. partial: `like` names a part of the state, as a dict, and the
-      rest is not read. accept: called with the checkpoint's config before anything is
-      read; raises to refuse. say: told about every damaged checkpoint that is passed
-      over.
+      step: only this one.
+      partial: `like` names a part of the state, as a dict, and the rest is not read.
+      accept: called with the checkpoint's config before the state is read; raises to
+        refuse.
+      say: told about every damaged checkpoint that is passed over.
 
     Returns:
       None where there is no checkpoint at all.
 
     Raises:
-      ValueError: there are checkpoints, but none is good; or what `accept` raises.
+      ValueError: as `folders.choose`; or what `accept` raises.
     """
-    candidates = list(reversed(steps(root))) if step is None else [step]
-    damage: dict[int, str] = {}
-    for candidate in candidates:
-        found = find_damage(root / str(candidate))
-        if found is None:
-            accept(read_config(root, candidate))
-            try:
-                return _read(root, candidate, like, partial, tuple(damage))
-            except Exception as error:
-                first = (str(error).splitlines() or [""])[0]
-                found = f"{type(error).__name__}: {first}"[:300]
-        damage[candidate] = found
-        say(f"checkpoint {root / str(candidate)} is damaged: {found}")
-    if damage:
-        raise ValueError(
-            f"no checkpoint in {root} can be restored: "
-            + "; ".join(f"step {s}: {why}" for s, why in damage.items())
-            + ". Remove the folder to start again"
-        )
-    return None
+    chosen = choose(root, step, say)
+    if chosen is None:
+        return None
+    accept(_read_config(root, chosen))
+    return _read(root, chosen, like, partial)
 
 
 def _chunks(leaf: Any) -> ocp.SaveArgs:
@@ -128,9 +120,7 @@ def _checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
 
-def _read(
-    root: Path, step: int, like: Any, partial: bool, damaged: tuple[int, ...]
-) -> Restored:
+def _read(root: Path, step: int, like: Any, partial: bool) -> Restored:
     def target(leaf: Any) -> Any:
         sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(
             jax.devices()[0]
@@ -153,15 +143,45 @@ def _read(
     for path, leaf in jax.tree_util.tree_flatten_with_path(items["state"])[0]:
         # Asked for a part, Orbax gives the request back for what is not there.
         if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise ValueError(f"it has no {jax.tree_util.keystr(path)}")
-    return Restored(step, items["state"], items["data"], items["config"], damaged)
+            where, name = root / str(step), jax.tree_util.keystr(path)
+            raise ValueError(f"checkpoint {where} has no {name}")
+    return Restored(step, items["state"], items["data"], items["config"])
+
+
+def check_space(root: Path, state: Any, count: int) -> None:
+    """Refuses to start where `count` checkpoints do not fit on the disk.
+
+    Args:
+      root: the checkpoints folder, or where it will be. What it holds will be freed.
+      state: what a checkpoint will hold, or its shapes.
+      count: how many are kept; one more is there while it is being written.
+
+    Raises:
+      DiskFull: names the need, the room and the folder.
+    """
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    there = sum(f.stat().st_size for f in root.rglob("*") if f.is_file())
+    parent = next(folder for folder in (root, *root.parents) if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if size * (count + 1) > free + there:
+        raise DiskFull(
+            f"{count + 1} checkpoints of {size / 1e6:.0f} MB need "
+            f"{(size * (count + 1) - there) / 1e6:.0f} MB; {free / 1e6:.0f} MB are "
+            f"free at {root}. Free space, keep fewer (train.keep_last, "
+            "train.keep_best), or choose another --workdir"
+        )
+
+
+def _eval_ce(metrics: dict[str, float]) -> float:
+    return metrics["eval_ce"]
 
 
 class Checkpoints:
     """The checkpoints of a running training; one writer a folder.
 
     Keeps the newest `keep_last` and, of those saved with an evaluation, the `keep_best`
-    with the lowest `eval_ce`. A context manager: leaving it waits for the last save.
+    with the lowest `eval_ce`. Opening it removes unfinished saves and renames damaged
+    steps. A context manager: leaving it waits for the last save.
     """
 
     def __init__(
@@ -172,12 +192,13 @@ class Checkpoints:
         keep_best: int = 1,
         say: Say = to_stderr,
     ):
-        self.root, self.kept, self.say = root.absolute(), keep_last + keep_best, say
+        self.root, self.say = root.absolute(), say
         self.saving: int | None = None
         self._remove_unfinished()  # Orbax can too, but only behind our back
+        self._set_damaged_aside()
         policies = ocp.checkpoint_managers
         best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics["eval_ce"],
+            get_metric_fn=_eval_ce,
             reverse=True,
             n=keep_best,
             keep_checkpoints_without_metrics=False,
@@ -188,6 +209,7 @@ class Checkpoints:
             item_names=ITEMS,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=keep,
+                best_fn=_eval_ce,  # else Orbax keeps metrics in memory only
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
         )
@@ -200,36 +222,6 @@ class Checkpoints:
             self.wait()
         finally:
             self.manager.close()
-
-    def check_space(self, state: Any) -> None:
-        """Refuses to start where the checkpoints to come do not fit on the disk.
-
-        Raises:
-          DiskFull: names the need, the room and the folder.
-        """
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        count = self.kept + 1  # one more while it is being written
-        there = sum(f.stat().st_size for f in self.root.rglob("*") if f.is_file())
-        free = shutil.disk_usage(self.root).free
-        if size * count > free + there:
-            raise DiskFull(
-                f"{count} checkpoints of {size / 1e6:.0f} MB need "
-                f"{(size * count - there) / 1e6:.0f} MB; {free / 1e6:.0f} MB are free "
-                f"at {self.root}. Free space, keep fewer (train.keep_last, "
-                "train.keep_best), or choose another --workdir"
-            )
-
-    def restore(
-        self, like: Any, accept: Callable[[dict[str, Any]], None]
-    ) -> Restored | None:
-        """As the function `restore`; renames the damaged steps out of the way."""
-        restored = restore(self.root, like, accept=accept, say=self.say)
-        for step in restored.damaged if restored else ():
-            folder = self.root / str(step)
-            shutil.rmtree(f"{folder}{DAMAGED}", ignore_errors=True)
-            folder.rename(f"{folder}{DAMAGED}")
-        self.manager.reload()
-        return restored
 
     def save(
         self,
@@ -276,6 +268,14 @@ class Checkpoints:
     def _remove_unfinished(self) -> None:
         for folder in self.root.glob(f"*{UNFINISHED}"):
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _set_damaged_aside(self) -> None:
+        for step in steps(self.root):
+            folder = self.root / str(step)
+            if find_damage(folder):
+                shutil.rmtree(f"{folder}{DAMAGED}", ignore_errors=True)
+                folder.rename(f"{folder}{DAMAGED}")
+                self.say(f"damaged checkpoint {folder} renamed to {step}{DAMAGED}")
 
     @contextmanager
     def _told(self) -> Iterator[None]:

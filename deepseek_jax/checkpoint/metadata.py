@@ -6,21 +6,21 @@ corpus and the tokenizer lie may change: their hashes decide. This is ours; the 
 (arXiv:2412.19437) says nothing about it.
 """
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from deepseek_jax.config import Config, from_dict, signature, to_dict
+from deepseek_jax.config import Config, flatten, from_dict, signature, to_dict
+from deepseek_jax.files import write_text
 
 FILE = "config.json"
+SWEEP = "sweep.json"  # in a sweep's folder, which has a folder for each of its runs
 KIND = "train"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 BY_HASH = (
@@ -29,20 +29,6 @@ BY_HASH = (
 )  # places, judged by the hash of what is there
 
 Description = dict[str, Any]
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, renamed over it when all went well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def describe(
@@ -68,8 +54,7 @@ def describe(
 
 def write(workdir: Path, description: Description) -> None:
     """Writes `config.json`, whole or not at all."""
-    with replacing(workdir / FILE) as temporary:
-        temporary.write_text(json.dumps(description, indent=2) + "\n", "utf-8")
+    write_text(workdir / FILE, json.dumps(description, indent=2) + "\n")
 
 
 def read(workdir: Path) -> Description | None:
@@ -80,7 +65,7 @@ def read(workdir: Path) -> Description | None:
     """
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir {workdir} is a file, not a folder")
-    if (workdir / "summary.json").exists():
+    if (workdir / SWEEP).exists():
         raise ValueError(
             f"workdir {workdir} holds a sweep; a run needs a folder of its own"
         )
@@ -145,15 +130,3 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
         for name in sorted(there.keys() | here.keys())
         if show(there, name) != show(here, name)
     ]
-
-
-def flatten(values: Mapping[str, Any], at: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}, with tuples as lists, as JSON has them."""
-    flat = {}
-    for key, value in values.items():
-        name = f"{at}.{key}" if at else key
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, name))
-        else:
-            flat[name] = json.loads(json.dumps(value))
-    return flat

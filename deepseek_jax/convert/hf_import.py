@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deepseek_jax.checkpoint import folders, metadata
-from deepseek_jax.checkpoint.manager import Say, to_stderr
+from deepseek_jax.checkpoint.folders import Say
+from deepseek_jax.checkpoint.manager import to_stderr
 from deepseek_jax.checkpoint.streaming import Leaf, Spec, Writer, check_room
 from deepseek_jax.config import (
     BalanceConfig,

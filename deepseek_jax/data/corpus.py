@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.data.cache import file_hash, publish, unfinished, write_text
+from deepseek_jax.data.cache import file_hash, publish, unfinished
 from deepseek_jax.data.documents import Document
+from deepseek_jax.files import write_text
 
 FORMAT = 2  # of folders, of how files become one, and of the split; part of the hash
 DOCUMENTS, MANIFEST = "documents.jsonl", "manifest.json"

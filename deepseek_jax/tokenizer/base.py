@@ -13,10 +13,11 @@ tokenizer.
 import hashlib
 import importlib.util
 import json
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
+
+from deepseek_jax.files import write_text
 
 FORMAT = 1
 ABOUT = "tokenizer.json"
@@ -98,17 +99,6 @@ def need_package(name: str, what: str) -> None:
         )
 
 
-def write(path: Path, content: bytes) -> None:
-    """Replaces a file as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_about(
     folder: Path, kind: str, tokenizer: Tokenizer, name: str = ABOUT
 ) -> None:
@@ -118,7 +108,7 @@ def write_about(
         "vocab_size": tokenizer.vocab_size,
         "hash": tokenizer.hash,
     }
-    write(folder / name, (json.dumps(about, indent=1) + "\n").encode())
+    write_text(folder / name, json.dumps(about, indent=1) + "\n")
 
 
 def read_about(folder: Path) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deepseek_jax.files import write_bytes, write_text
 from deepseek_jax.tokenizer import bytelevel, chat
-from deepseek_jax.tokenizer.base import ABOUT, hash_of, write, write_about
+from deepseek_jax.tokenizer.base import ABOUT, hash_of, write_about
 
 KIND = "huggingface"
 CONFIG, TEMPLATE, SEAL = "tokenizer_config.json", "chat_template.jinja", "about.json"
@@ -191,9 +192,9 @@ class HuggingFace:
         """Writes the folder that `tokenizer.load` and Hugging Face's libraries read."""
         folder = Path(folder)
         config = json.dumps(self.config, indent=1, ensure_ascii=False)
-        write(folder / CONFIG, f"{config}\n".encode())
+        write_text(folder / CONFIG, f"{config}\n")
         write_about(folder, KIND, self, SEAL)
-        write(folder / ABOUT, self._content)
+        write_bytes(folder / ABOUT, self._content)
 
     def _join(self, parts: list[str]) -> list[int]:
         """Ids of text, marker, text, ... marker, text."""

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from deepseek_jax.tokenizer.base import CONTROLS, hash_of, write, write_about
+from deepseek_jax.files import write_bytes
+from deepseek_jax.tokenizer.base import CONTROLS, hash_of, write_about
 
 KIND = "sentencepiece"
 MODEL = "sentencepiece.model"
@@ -68,7 +69,7 @@ class SentencePiece:
         return b"".join(self._bytes[i] for i in ids).decode(errors="replace")
 
     def save(self, folder: str | Path) -> None:
-        write(Path(folder) / MODEL, self._model)
+        write_bytes(Path(folder) / MODEL, self._model)
         write_about(Path(folder), KIND, self)
 
     def _piece(self, number: int) -> bytes:

@@ -20,10 +20,15 @@ import jax.numpy as jnp
 from deepseek_jax.typing import Params
 
 GUARDED = ("loss", "grad_norm")
+LOCK = ".lock"
 
 
 class Interrupted(KeyboardInterrupt):
     """A signal asked the run to stop; everything up to the step named is saved."""
+
+
+class InUse(ValueError):
+    """Another process works in the folder."""
 
 
 class Interrupt:
@@ -60,17 +65,28 @@ def exclusive(workdir: Path) -> Iterator[None]:
     """Holds DIR/.lock, which the system frees when the process ends, however it ends.
 
     Raises:
-      ValueError: another process trains in this folder.
+      InUse: another process trains in this folder.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("w") as file:
+    with (workdir / LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
+            raise InUse(
                 f"workdir {workdir} is in use: another process trains there"
             ) from None
         yield
+
+
+def check_free(workdir: Path) -> None:
+    """Refuses a folder that is in use, without making anything in it.
+
+    Raises:
+      InUse: another process trains in this folder.
+    """
+    if (workdir / LOCK).exists():
+        with exclusive(workdir):
+            pass
 
 
 ADVICE = (

@@ -45,14 +45,15 @@ def run(
         progress.say(f"nothing to do: {workdir} has all {config.train.steps} steps")
         return writers.read(workdir / writers.METRICS)
     keep = {"keep_last": config.train.keep_last, "keep_best": config.train.keep_best}
-    with (
-        hooks.exclusive(workdir),
-        Checkpoints(workdir / FOLDER, **keep, say=progress.say) as checkpoints,
-    ):
-        opened = start.open_run(config, workdir)
-        state, step = start.restore(opened, checkpoints, progress.say)
-        recorder = start.record_after(opened, workdir, step, progress, callback)
-        with recorder, hooks.Interrupt(progress.say) as interrupt:
+    opened = start.open_run(config, workdir)
+    start.check(opened, workdir)
+    with hooks.exclusive(workdir):
+        state, step = start.restore(opened, workdir, progress.say)
+        with (
+            Checkpoints(workdir / FOLDER, **keep, say=progress.say) as checkpoints,
+            start.record_after(opened, workdir, step, progress, callback) as recorder,
+            hooks.Interrupt(progress.say) as interrupt,
+        ):
             train(opened, state, step, checkpoints, recorder, interrupt)
     return writers.read(workdir / writers.METRICS)
 

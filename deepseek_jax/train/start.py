@@ -1,13 +1,17 @@
 """Everything before the first step of a run, and of a run that goes on.
 
-Cheap refusals come first: the folder, the config, the disk. Then the corpus and
-tokenizer are opened (built, the first time) and compared by hash, and the newest good
-checkpoint is restored. Nothing in the folder changes before all of that agrees. Ours.
+Cheap refusals come first: the folder, the config. Then the corpus and tokenizer are
+opened (built in the cache, the first time) and compared by hash, and the disk's room is
+looked at. The folder is not touched before all of that agrees, and then only under its
+lock. Ours.
 """
 
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import jax
 
 from deepseek_jax import tokenizer as tokenizers
 from deepseek_jax.checkpoint import folders, manager, metadata
@@ -32,6 +36,7 @@ class Run(NamedTuple):
 
     parts: Parts
     description: metadata.Description
+    tokenizer: tokenizers.Tokenizer
     rows: Any  # the training iterator
     evaluate: Callable[[TrainState, int], writers.Record]  # of the state after a step
 
@@ -40,12 +45,11 @@ def continuing(config: Config, workdir: Path, say: Say) -> Config:
     """`config` with its horizon fixed, if `workdir` is new or holds its run.
 
     Raises:
-      ValueError: another run is in the folder; names every field that differs.
+      ValueError: another run is in the folder (every field that differs is named), or
+        a process trains there.
     """
-    root = workdir / folders.FOLDER
-    saved, step = metadata.read(workdir), folders.newest_good(root)
-    if saved is None and step is not None:
-        saved = manager.read_config(root, step)
+    hooks.check_free(workdir)
+    saved = saved_description(workdir)
     fixed = metadata.resolve_horizon(config, saved)
     if saved:
         metadata.check_same(saved, {"config": to_dict(fixed)}, workdir)
@@ -58,9 +62,22 @@ def continuing(config: Config, workdir: Path, say: Say) -> Config:
     return fixed
 
 
+def saved_description(workdir: Path) -> metadata.Description | None:
+    """What config.json says of the run in a folder, or else its newest checkpoint."""
+    root = workdir / folders.FOLDER
+    saved = metadata.read(workdir)
+    if saved is None and folders.steps(root):
+        saved = manager.read_config(root)
+    return saved
+
+
 def is_finished(config: Config, workdir: Path) -> bool:
-    """Whether the last step is saved and evaluated."""
-    step = folders.newest_good(workdir / folders.FOLDER)
+    """Whether the last step is saved and evaluated.
+
+    Raises:
+      ValueError: there are checkpoints, but none is good.
+    """
+    step = folders.choose(workdir / folders.FOLDER)
     if step is None or step < config.train.steps:
         return False
     records = writers.read(workdir / writers.METRICS)
@@ -68,7 +85,16 @@ def is_finished(config: Config, workdir: Path) -> bool:
 
 
 def open_run(config: Config, workdir: Path) -> Run:
-    """Assembles the model and opens the corpus and the tokenizer."""
+    """Assembles the model and opens the corpus and the tokenizer.
+
+    Raises:
+      ValueError: a setting does not fit the devices, or the data.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"{jax.process_count()} JAX processes: a run is one process, which may "
+            "have several devices (mesh.data)"
+        )
     parts = assemble(config)
     depth, cache = config.model.mtp.depth, default_cache()
     corpus = open_corpus(config.data, cache)
@@ -80,12 +106,23 @@ def open_run(config: Config, workdir: Path) -> Run:
     )
     validation = pipeline.validation(config.data, corpus, tokenizer, depth=depth)
     description = metadata.describe(config, corpus.hash, corpus.domains, tokenizer.hash)
-    if saved := metadata.read(workdir):
-        metadata.check_same(saved, description, workdir)
-    if not (workdir / TOKENIZER / "tokenizer.json").exists():
-        tokenizer.save(workdir / TOKENIZER)
     evaluate_after = make_evaluator(parts, validation, corpus.domains, workdir)
-    return Run(parts, description, rows, evaluate_after)
+    return Run(parts, description, tokenizer, rows, evaluate_after)
+
+
+def check(run: Run, workdir: Path) -> None:
+    """The last refusals before the folder is touched.
+
+    Raises:
+      ValueError: the folder's run has another corpus or tokenizer.
+      manager.DiskFull: its checkpoints will not fit.
+    """
+    if saved := saved_description(workdir):
+        metadata.check_same(saved, run.description, workdir)
+    config = run.parts.config
+    like = jax.eval_shape(lambda: init_state(run.parts, config.seed))
+    kept = config.train.keep_last + config.train.keep_best
+    manager.check_space(workdir / folders.FOLDER, like, kept)
 
 
 def make_evaluator(
@@ -103,15 +140,15 @@ def make_evaluator(
     return evaluate_after
 
 
-def restore(
-    run: Run, checkpoints: manager.Checkpoints, say: Say
-) -> tuple[TrainState, int]:
+def restore(run: Run, workdir: Path, say: Say) -> tuple[TrainState, int]:
     """The state of the newest good checkpoint and its step, or a fresh one and 0."""
+    root = workdir / folders.FOLDER
     state = init_state(run.parts, run.parts.config.seed)
-    checkpoints.check_space(state)
-    restored = checkpoints.restore(
+    restored = manager.restore(
+        root,
         state,
-        lambda there: metadata.check_same(there, run.description, checkpoints.root),
+        accept=lambda there: metadata.check_same(there, run.description, root),
+        say=say,
     )
     if restored is None:
         return state, 0
@@ -127,7 +164,8 @@ def record_after(
     progress: hooks.Progress,
     callback: Callback | None,
 ) -> Recorder:
-    """Writes config.json, cuts what was recorded after `step`, opens the writers."""
+    """Writes tokenizer/ and config.json, cuts later records, opens the writers."""
+    save_tokenizer(run.tokenizer, workdir / TOKENIZER)
     metadata.write(workdir, run.description)
     path = workdir / writers.METRICS
     writers.cut_after(path, step)
@@ -140,3 +178,17 @@ def record_after(
     return Recorder(
         run.parts.config, sinks, progress, callback, max(seconds, default=0.0)
     )
+
+
+def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
+    """Saves the tokenizer, unless it is there already.
+
+    Another one is what a start left behind that never came to its config.json.
+    """
+    try:
+        if tokenizers.load(folder).hash == tokenizer.hash:
+            return
+    except ValueError:  # none there, or half of one
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
+    tokenizer.save(folder)

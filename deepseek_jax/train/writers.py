@@ -16,7 +16,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from deepseek_jax.checkpoint.manager import DiskFull, is_disk_full
-from deepseek_jax.checkpoint.metadata import replacing
+from deepseek_jax.files import read_lines, replacing, write_bytes
 
 METRICS = "metrics.jsonl"
 PROBES = "routing"
@@ -111,22 +111,15 @@ def read(path: Path) -> list[Record]:
 def cut_after(path: Path, step: int) -> None:
     """Drops every record after `step` and what is no record; whole or not at all."""
     kept = [line for record, line in _lines(path) if record["step"] <= step]
-    content = "".join(kept)
-    if path.exists() and path.read_text("utf-8", "replace") != content:
-        with replacing(path) as temporary:
-            temporary.write_text(content, "utf-8")
+    content = b"".join(kept)
+    if path.exists() and path.read_bytes() != content:
+        write_bytes(path, content)
 
 
-def _lines(path: Path) -> Iterator[tuple[Record, str]]:
-    if not path.exists():
-        return
-    for line in path.read_text("utf-8", "replace").split("\n"):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            yield record, line + "\n"
+def _lines(path: Path) -> Iterator[tuple[Record, bytes]]:
+    for line, record in read_lines(path):
+        if record is not None and isinstance(record.get("step"), int):
+            yield record, line + b"\n"
 
 
 def save_probe(workdir: Path, step: int, probe: np.ndarray) -> None:

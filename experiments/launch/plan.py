@@ -3,8 +3,9 @@
 A sweep file has a docstring (its first paragraph is the report's title, the second its
 introduction), `CONFIG` (the base config), `sweep()` or `sweep(arg)`, which yields flat
 dicts of overrides with an optional `name`, and `metrics()`, the names to watch.
-Everything is checked before the first run starts, so that run 30 does not fail on a
-typo after a night.
+Every config is checked before the first run starts, its balancing strategy is built and
+its corpus opened, so that run 30 does not fail on a typo after a night. What only a run
+can see, such as its devices and its tokenizer, it checks itself.
 """
 
 import importlib.util
@@ -17,12 +18,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from deepseek_jax.analysis.tables import write_text
-from deepseek_jax.checkpoint.metadata import flatten
-from deepseek_jax.config import Config, signature, to_dict
+from deepseek_jax.checkpoint.metadata import SWEEP as FILE
+from deepseek_jax.config import Config, flatten, signature, to_dict
+from deepseek_jax.data.sources import open_corpus
+from deepseek_jax.files import write_text
+from deepseek_jax.ops import balancing
 from experiments import common
 
-FILE = "sweep.json"
 WATCHED = ("loss", "maxvio_batch")
 SAFE_NAME = re.compile(r"\w[\w.+=,-]*")
 
@@ -127,6 +129,7 @@ def _item(overrides: dict[str, Any], base: str, file: str) -> Item:
             common.check_field(key)
             values.update_from_flattened_dict({key: value})
         config = common.from_config_dict(values)
+        balancing.build(config.balance, config.model.moe)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}, run {name}: {error}") from None
     return Item(name, overrides, config)
@@ -170,6 +173,24 @@ def save(plan: Plan, workdir: Path) -> None:
         "runs": records,
     }
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def open_corpora(plan: Plan) -> None:
+    """Opens every corpus of the runs once; builds or imports what is not there yet.
+
+    Raises:
+      ValueError: as `data.sources.open_corpus`; the message names the run.
+    """
+    seen = set()
+    for item in plan.items:
+        data = item.config.data
+        if (key := (data.source, data.weights, data.val_fraction)) in seen:
+            continue
+        seen.add(key)
+        try:
+            open_corpus(data)
+        except ValueError as error:
+            raise ValueError(f"run {item.name}: {error}") from None
 
 
 def _check_same(workdir: Path, there: dict[str, Any], here: dict[str, Any] | None):

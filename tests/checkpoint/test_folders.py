@@ -1,12 +1,15 @@
 """Finding checkpoints and what happened to their files, on hand-made folders."""
 
+import errno
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 from deepseek_jax.checkpoint.folders import (
     DIGESTS,
+    choose,
     find_damage,
     newest_good,
     resolve,
@@ -53,12 +56,35 @@ def test_damaged_digests_are_found(root, harm):
     assert find_damage(root / "10") is not None
 
 
-def test_a_folder_that_is_no_checkpoint_is_damaged(root):
+@pytest.mark.parametrize("text", [None, "[]", "{}", "3", '{"state/a": 1}'])
+def test_a_folder_that_is_no_checkpoint_is_damaged(root, text):
     (root / "11").mkdir()
-    (root / "12").mkdir()
-    (root / "12" / DIGESTS).write_text("[]")
-    assert find_damage(root / "11") and find_damage(root / "12")
+    if text:
+        (root / "11" / DIGESTS).write_text(text)
+    assert find_damage(root / "11")
     assert newest_good(root) == 10
+
+
+def test_a_file_that_cannot_be_read_is_not_damage(root, monkeypatch):
+    def fail(path, *args, **kwargs):
+        raise OSError(errno.EIO, "input/output error", str(path))
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(OSError, match="input/output"):
+        find_damage(root / "10")
+    with pytest.raises(OSError, match="input/output"):
+        newest_good(root)
+
+
+def test_choose_takes_the_newest_good_or_what_is_asked_for(root):
+    said = []
+    truncate(root / "10" / "config" / "metadata")
+    assert choose(root, say=said.append) == 3
+    assert len(said) == 1 and f"{root / '10'} is damaged: config" in said[0]
+    assert choose(root, 2) == 2
+    with pytest.raises(ValueError, match=r"/10 is damaged: .*; step 3 is the newest"):
+        choose(root, 10)
+    assert choose(root / "nowhere") is None
 
 
 def test_steps_are_numbers_in_order(root):

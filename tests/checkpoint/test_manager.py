@@ -69,7 +69,7 @@ def root(saved, tmp_path):
 
 def test_a_checkpoint_comes_back_bit_for_bit(saved):
     restored = restore(saved, state_at(0))
-    assert (restored.step, restored.damaged) == (3, ())
+    assert restored.step == 3
     assert (restored.data, restored.config) == ({"lane": 3}, {"seed": 3})
     assert_same(restored.state, state_at(3))
     assert_same(restore(saved, state_at(0), step=2).state, state_at(2))
@@ -119,10 +119,32 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert steps(tmp_path) == [2, 5, 6]
 
 
+def test_the_best_is_kept_after_a_restart(tmp_path):
+    save(tmp_path, 4, [3.0, 1.0, 2.0, 4.0], keep_last=2, keep_best=1)
+    assert steps(tmp_path) == [2, 3, 4]
+    for step in (5, 6):
+        with Checkpoints(tmp_path, keep_last=2, keep_best=1) as checkpoints:
+            checkpoints.save(step, state_at(step), {}, {}, eval_ce=1.5)
+    assert steps(tmp_path) == [2, 5, 6]
+    assert_same(restore(tmp_path, state_at(0), step=2).state, state_at(2))
+    with Checkpoints(tmp_path, keep_last=2, keep_best=1) as checkpoints:
+        checkpoints.save(7, state_at(7), {}, {}, eval_ce=0.5)
+    assert steps(tmp_path) == [6, 7]
+
+
+def test_a_damaged_metric_is_damage_and_no_obstacle(tmp_path):
+    save(tmp_path, 3, [3.0, 1.0, 2.0], keep_last=3)
+    truncate(tmp_path / "1" / "metrics" / "metrics")
+    assert "metrics/metrics" in folders.find_damage(tmp_path / "1")
+    with Checkpoints(tmp_path, keep_last=3) as checkpoints:
+        checkpoints.save(4, state_at(4), {}, {}, eval_ce=5.0)
+    assert steps(tmp_path) == [2, 3, 4]
+
+
 def test_no_checkpoint_is_none(tmp_path):
     assert restore(tmp_path / "none", state_at(0)) is None
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.restore(state_at(0), lambda config: None) is None
+    with Checkpoints(tmp_path):
+        assert restore(tmp_path, state_at(0)) is None
 
 
 def files(step_dir):
@@ -145,11 +167,13 @@ def test_damage_falls_back_to_the_newest_good_one(root, harm):
     harm(biggest)
     shutil.rmtree(root / "2" / "state")
     said = []
+    restored = restore(root, state_at(0), say=said.append)
+    assert restored.step == 1
+    assert_same(restored.state, state_at(1))
+    assert len(said) == 2 and f"{root / '3'} is damaged" in said[0]
+    assert steps(root) == [1, 2, 3]
     with Checkpoints(root, say=said.append) as checkpoints:
-        restored = checkpoints.restore(state_at(0), lambda config: None)
-        assert (restored.step, restored.damaged) == (1, (3, 2))
-        assert_same(restored.state, state_at(1))
-        assert len(said) == 2 and f"{root / '3'} is damaged" in said[0]
+        assert f"{root / '2'} renamed to 2.damaged" in said[2] and len(said) == 4
         assert steps(root) == [1]
         assert (root / "3.damaged").is_dir() and (root / "2.damaged").is_dir()
         checkpoints.save(2, state_at(2), {}, {})
@@ -165,8 +189,8 @@ def test_half_written_checkpoints_are_passed_over_and_removed(root):
     said = []
     restored = restore(root, state_at(0), say=said.append)
     assert restored.step == 2 and "digests.json" in said[0]
-    with Checkpoints(root) as checkpoints:
-        assert checkpoints.restore(state_at(0), lambda config: None).step == 2
+    with Checkpoints(root):
+        assert restore(root, state_at(0)).step == 2
     assert sorted(p.name for p in root.iterdir()) == ["1", "2", "4.damaged"]
 
 
@@ -186,17 +210,61 @@ def test_no_good_checkpoint_is_an_error_and_nothing_is_lost(root):
     before = sorted(root.rglob("*"))
     with pytest.raises(
         ValueError, match=r"can be restored: step 3: .* step 2: .* step 1"
-    ):
+    ) as error:
         restore(root, state_at(0))
+    assert "emove" not in str(error.value)
     assert sorted(root.rglob("*")) == before
 
 
-def test_what_orbax_cannot_restore_is_passed_over(root):
+def test_a_damaged_step_that_was_asked_for_is_named_with_the_newest_good(root):
+    truncate(root / "3" / "config" / "metadata")
+    for read in (
+        lambda: restore(root, state_at(0), step=3),
+        lambda: manager.read_config(root, 3),
+    ):
+        with pytest.raises(
+            ValueError, match=r"checkpoints/3 is damaged: config/metadata .*step 2 is"
+        ) as error:
+            read()
+        assert "emove" not in str(error.value)
+    assert restore(root, state_at(0), step=1).step == 1
+
+
+def test_a_step_that_lacks_an_item_is_damaged(root):
     shutil.rmtree(root / "3" / "state")
     folders.write_digests(root / "3")
     said = []
     assert restore(root, state_at(0), say=said.append).step == 2
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "bad"), MemoryError()])
+def test_an_error_in_reading_says_nothing_against_a_checkpoint(
+    root, error, monkeypatch
+):
+    whole = manager.ocp.Checkpointer.restore
+
+    def fail(reader, path, *, args):
+        if "state" in args:
+            raise error
+        return whole(reader, path, args=args)
+
+    before = sorted(root.rglob("*"))
+    monkeypatch.setattr(manager.ocp.Checkpointer, "restore", fail)
+    with pytest.raises(type(error)):
+        restore(root, state_at(0), say=pytest.fail)
+    monkeypatch.undo()
+    with Checkpoints(root, say=pytest.fail):
+        assert steps(root) == [1, 2, 3]
+    assert sorted(root.rglob("*")) == before
+
+
+def test_a_state_of_another_form_is_no_damage(root):
+    like = state_at(0)
+    like.params["another"] = jnp.zeros(3)
+    with pytest.raises(ValueError, match="another"):
+        restore(root, like, say=pytest.fail)
+    assert steps(root) == [1, 2, 3]
 
 
 def test_another_config_is_refused_before_anything_is_read(root):
@@ -212,13 +280,13 @@ def test_too_small_a_disk_is_refused_before_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 15_999)
     )
-    with Checkpoints(tmp_path, keep_last=2, keep_best=1) as checkpoints:
-        with pytest.raises(DiskFull, match=r"4 checkpoints of 0 MB .*train\.keep_last"):
-            checkpoints.check_space(state)
-        (tmp_path / "old").write_bytes(
-            b"x"
-        )  # what earlier checkpoints hold will be freed
-        checkpoints.check_space(state)
+    root = tmp_path / "run" / "checkpoints"
+    with pytest.raises(DiskFull, match=r"4 checkpoints of 0 MB .*train\.keep_last"):
+        manager.check_space(root, state, 3)
+    assert not root.parent.exists()
+    root.mkdir(parents=True)
+    (root / "old").write_bytes(b"x")  # what earlier checkpoints hold will be freed
+    manager.check_space(root, state, 3)
 
 
 def test_a_full_disk_stops_with_the_last_checkpoint_named(root, monkeypatch):

@@ -1,7 +1,6 @@
 """What `config.json` says, and who may continue a run."""
 
 import dataclasses
-import json
 
 import pytest
 
@@ -43,7 +42,7 @@ def test_an_empty_folder_holds_no_run(tmp_path):
         ("config.json", '{"kind": "grpo", "config": {}}', "another kind of run"),
         ("config.json", '{"learning_rate": 1}', "another kind of run"),
         ("config.json", '{"kind": ', "damaged"),
-        ("summary.json", "[]", "holds a sweep"),
+        ("sweep.json", "{}", "holds a sweep"),
     ],
 )
 def test_a_folder_of_another_kind_is_refused(tmp_path, name, content, message):
@@ -108,21 +107,10 @@ def test_every_field_of_the_mathematics_must_stay(tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
-def test_a_field_that_another_version_lacks_is_named(tmp_path):
+def test_a_field_that_another_version_lacked_has_its_default(tmp_path):
     saved = describe(small())
     del saved["config"]["model"]["norm_eps"]
-    with pytest.raises(ValueError, match=r"model\.norm_eps = absent there, 1e-06 here"):
-        metadata.check_same(saved, describe(small()), tmp_path)
-
-
-def test_replacing_keeps_the_old_file_when_the_writer_fails(tmp_path):
-    path = tmp_path / "file.json"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), metadata.replacing(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "old"
-    with metadata.replacing(path) as temporary:
-        temporary.write_text(json.dumps(1))
-    assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
-    assert path.read_text() == "1"
+    metadata.check_same(saved, describe(small()), tmp_path)
+    other = replace(small(), "model", norm_eps=1e-5)
+    with pytest.raises(ValueError, match=r"model\.norm_eps = 1e-06 there, 1e-05 here"):
+        metadata.check_same(saved, describe(other), tmp_path)

@@ -1,7 +1,14 @@
 """Configs on the command line: round trips, overrides, and what is refused."""
 
 import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -94,6 +101,57 @@ def test_a_foreseen_error_is_one_line_and_an_exit_code(error, code, text, capsys
     assert capsys.readouterr().err == text
 
 
-def test_a_bug_keeps_its_stack_trace():
-    with pytest.raises(ZeroDivisionError):
-        common.guarded(lambda: 1 / 0)
+@jax.jit
+def refuses(x):
+    with jax.named_scope("inner"):
+        if x.shape[0] > 2:
+            raise ValueError("give at most two")
+        return x
+
+
+def refused_inside_jax():
+    try:
+        refuses(jnp.ones(3))
+    except ValueError as error:
+        raise ValueError(f"bad input: {error}") from error
+
+
+def test_a_value_that_we_refuse_is_one_line_wherever_that_happens(capsys):
+    with pytest.raises(SystemExit) as stop:
+        common.guarded(refused_inside_jax)
+    assert stop.value.code == 2
+    assert "bad input: give at most two" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        lambda: 1 / 0,
+        lambda: np.ones(6).reshape(5),
+        lambda: np.stack([np.ones(2), np.ones(3)]),
+        lambda: jnp.ones(6).reshape(5),
+        lambda: jax.jit(lambda x: x.reshape(5))(jnp.ones(6)),
+        lambda: jnp.einsum("ab,bc->ac", jnp.ones((2, 3)), jnp.ones((4, 5))),
+        lambda: json.loads("{"),
+        lambda: float("x"),
+    ],
+)
+def test_a_bug_keeps_its_stack_trace(bug):
+    with pytest.raises((ValueError, TypeError, ZeroDivisionError)):
+        common.guarded(bug)
+
+
+def test_a_bug_in_a_command_shows_where_it_is():
+    code = (
+        "import numpy as np; from experiments import common\n"
+        "def broken(): np.ones(6).reshape(5)\n"
+        "common.guarded(broken)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(common.__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "in broken" in done.stderr and "Traceback" in done.stderr

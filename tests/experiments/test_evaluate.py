@@ -24,7 +24,7 @@ TOKENS = np.random.default_rng(0).integers(0, 61, (3, 7), dtype=np.int32)
 def checkpoint(workdir, depth):
     """A run that has been saved at step 3, as training saves it."""
     config = small(depth=depth)
-    about = metadata.describe(config, "corpus", ("text",), "tokenizer")
+    about = metadata.describe(config, "corpus", ("text",), Bytes().hash)
     metadata.write(workdir, about)
     Bytes().save(workdir / "tokenizer")
     with manager.Checkpoints(workdir / "checkpoints") as checkpoints:

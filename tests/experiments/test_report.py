@@ -1,11 +1,12 @@
 """The command that makes a report again: of a sweep, finished or not, and of a run."""
 
 import json
+import sys
 
 import pytest
 
 from deepseek_jax.train import hooks
-from experiments import report
+from experiments import common, report
 from tests.analysis import synthetic
 
 
@@ -46,6 +47,28 @@ def test_a_single_run(tmp_path):
     report.main([f"--workdir={path}"])
     assert statuses(path) == ["done"]
     assert (path / "report.html").exists()
+
+
+def test_an_error_is_not_taken_for_a_running_sweep(tmp_path, monkeypatch, capsys):
+    def fail(run):
+        raise ValueError("no such measure")
+
+    path = synthetic.write_run(tmp_path / "run", synthetic.config(steps=8))
+    monkeypatch.setattr(report.seeds, "summarize", fail)
+    with pytest.raises(ValueError, match="no such measure"):
+        report.main([f"--workdir={path}"])
+    assert "still running" not in capsys.readouterr().err
+
+
+def test_traceback_says_where_an_error_came_from(tmp_path, monkeypatch, capsys):
+    arguments = [f"--workdir={tmp_path}", "--traceback"]
+    monkeypatch.setattr(sys, "argv", ["report", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        common.guarded(report.main, arguments)
+    assert stop.value.code == common.BAD_INPUT
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback") and "in read" in error
+    assert error.splitlines()[-1].startswith("error: workdir")
 
 
 def test_a_folder_with_neither(tmp_path):

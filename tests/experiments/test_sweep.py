@@ -68,6 +68,14 @@ def write(tmp_path):
     return write
 
 
+ONE_GROUP = {
+    "name": "all",
+    "model.moe.num_experts": 16,
+    "model.moe.num_groups": 1,
+    "model.moe.keep_groups": 1,
+}
+
+
 def points(*each: dict, config: str = TINY) -> str:
     return f'"""T."""\nCONFIG = {config!r}\ndef sweep():\n    yield from {each!r}\n'
 
@@ -124,6 +132,10 @@ def test_a_sweep_file_becomes_a_plan(write):
         (points({"balance.sped": 1e-2}), "run sped=0.01: .*'balance.speed'"),
         (points({"model.moe.top_k": 9}), r"run top_k=9: model.moe.top_k = 9"),
         (points({"balance": {}}), "balance"),
+        (
+            points({"balance.strategy": "quantile", "model.moe.top_k": 16} | ONE_GROUP),
+            r"top_k = 16: must be below num_experts = 16 for .*'quantile'",
+        ),
         (points({"seed": "x"}), "seed=x"),
         (points({"seed": 1}, {"seed": 1}), "2 runs are named 'seed=1'"),
         (points({"name": "a/b"}), "'a/b'"),
@@ -359,6 +371,21 @@ def test_a_follower_keeps_up_with_a_growing_and_a_cut_file(tmp_path):
     assert follower.latest() == {"step": 1, "loss": 3.5}
 
 
+SUMMARY = {
+    "name": str,
+    "overrides": dict,
+    "strategy": str,
+    "seed": int,
+    "steps": int,
+    "eval_ce": float,
+    "maxvio_global": float,
+    "maxvio_batch": float,
+    "dead_experts": int,
+    "tokens_per_s": float,
+    "status": str,
+}
+
+
 def command_line(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "experiments.sweep", *arguments],
@@ -388,8 +415,32 @@ def test_bad_input_ends_with_2(arguments, message):
     assert not (ROOT / "x").exists()
 
 
-@pytest.mark.slow
+def test_a_corpus_is_opened_before_the_first_run(tmp_path):
+    file = tmp_path / "sweep_file.py"
+    environment = {"DEEPSEEK_JAX_CACHE": str(tmp_path / "cache")}
+    file.write_text(points({"name": "away", "data.source": "nowhere/*.txt"}))
+    done = command_line(
+        f"--sweep={file}", f"--workdir={tmp_path / 'out'}", **environment
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: run away: data.source = 'nowhere/*.txt': no such file; give 'builtin', "
+        "a corpus folder, or a path or pattern of .txt, .jsonl, .jsonl.gz, .parquet "
+        "files\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_each_corpus_is_opened_once(tmp_path, write, monkeypatch):
+    opened = []
+    monkeypatch.setattr(plan, "open_corpus", opened.append)
+    each = [{"data.source": s, "seed": n} for n in (0, 1) for s in ("a.txt", "b.txt")]
+    plan.open_corpora(plan.load(write(points(*each))))
+    assert [data.source for data in opened] == ["a.txt", "b.txt"]
+
+
 def test_a_real_sweep(tmp_path):
+    """What summary.json says is what the runs' own records say."""
     corpus = write_corpus(tmp_path / "corpus")
     small = {
         "data.source": str(corpus),
@@ -403,26 +454,33 @@ def test_a_real_sweep(tmp_path):
         "model.moe.ffn_dim": 8,
         "runtime.block": 8,
     }
-    each = [
-        {"name": f"{strategy}-s{seed}", "balance.strategy": strategy, "seed": seed}
-        for strategy in ("none", "v3")
-        for seed in (0, 1)
-    ]
+    each = [{"name": f"v3-s{seed}", "seed": seed} | small for seed in (0, 1)]
     file = tmp_path / "small.py"
-    file.write_text(points(*(one | small for one in each), config=f"{TINY}:smoke"))
+    file.write_text(points(*each, config=f"{TINY}:smoke"))
     workdir = tmp_path / "out"
     environment = {"DEEPSEEK_JAX_CACHE": str(tmp_path / "cache")}
     arguments = (f"--sweep={file}", f"--workdir={workdir}")
-    done = command_line(*arguments, "--workers=2", **environment)
+    done = command_line(*arguments, **environment)
     assert done.returncode == 0, done.stderr
-    assert "2 seeds" in done.stdout and "Report:" in done.stdout
+    assert "Report:" in done.stdout
     rows = rows_of(workdir)
-    assert {row["status"] for row in rows.values()} == {"done"}
-    assert all(row["eval_ce"] > 0 and row["tokens_per_s"] > 0 for row in rows.values())
+    assert list(rows) == ["v3-s0", "v3-s1"]
+    for seed, row in enumerate(rows.values()):
+        assert row.keys() >= SUMMARY.keys()
+        for name, kind in SUMMARY.items():
+            assert isinstance(row[name], kind), name
+        lines = (workdir / row["name"] / "metrics.jsonl").read_text().splitlines()
+        *_, training, evaluation = map(json.loads, lines)
+        assert (row["strategy"], row["seed"], row["status"]) == ("v3", seed, "done")
+        assert row["overrides"] == {"seed": seed} | small
+        assert row["steps"] == training["step"] == evaluation["step"] == 6
+        assert row["eval_ce"] == evaluation["eval_ce"]
+        assert row["maxvio_global"] == evaluation["eval_maxvio_global"]
+        assert row["maxvio_batch"] == training["maxvio_batch"]  # 10% of six steps
     assert (workdir / "report.html").stat().st_size > 4e6
     assert (workdir / "figures" / "overview.png").exists()
     again = command_line(*arguments, **environment)
-    assert again.returncode == 0 and "4 of 4 runs are done already" in again.stderr
+    assert again.returncode == 0 and "2 of 2 runs are done already" in again.stderr
     assert rows_of(workdir) == rows
 
 

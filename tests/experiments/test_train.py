@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import report
 from tests.train.corpus import write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,12 +54,20 @@ def command(*arguments, **environment):
             (TINY, "--config.model.moe.top_k=9"),
             "model.moe.top_k = 9: must be at most 8",
         ),
+        (
+            (*SMALL, "--config.data.source=nowhere/*.txt"),
+            "data.source = 'nowhere/*.txt': no such file",
+        ),
+        (
+            (*SMALL, "--config.mesh.data=4"),
+            "mesh.data = 4: there are 1 devices",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path):
     if "--workdir" not in message and arguments:
         arguments = (*arguments, f"--workdir={tmp_path / 'run'}")
-    code, _, errors = command(*arguments)
+    code, _, errors = command(*arguments, DEEPSEEK_JAX_CACHE=str(tmp_path / "cache"))
     assert code == 2
     assert message in errors and errors.count("\n") == 1, errors
     assert not (tmp_path / "run").exists()
@@ -108,6 +117,8 @@ def test_a_run_from_start_to_finish(tmp_path):
     assert sum(training["load"][0]) == 4 * 32 * 2
     assert {"eval_ce", "eval_maxvio_global", "eval_routing_flips"} <= evaluation.keys()
 
+    report.main([f"--workdir={workdir}"])
+    assert (workdir / "summary.json").exists() and (workdir / "report.html").exists()
     code, _, errors = command(*arguments, **environment)
     assert code == 0 and "nothing to do" in errors
 

@@ -122,3 +122,16 @@ def test_one_process_a_folder(tmp_path):
     free = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"{tmp_path} is in use" in taken.stdout
     assert free.stdout == "free\n"
+
+
+def test_asking_whether_a_folder_is_free_changes_nothing(tmp_path):
+    hooks.check_free(tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+    with (
+        hooks.exclusive(tmp_path),
+        pytest.raises(hooks.InUse, match=f"{tmp_path} is in use"),
+    ):
+        hooks.check_free(tmp_path)
+    before = (tmp_path / hooks.LOCK).stat().st_mtime_ns
+    hooks.check_free(tmp_path)
+    assert (tmp_path / hooks.LOCK).stat().st_mtime_ns == before

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax import tokenizer as tokenizers
 from deepseek_jax import train
 from deepseek_jax.checkpoint import folders, manager, metadata
 from deepseek_jax.config import OptimConfig, TrainConfig
-from deepseek_jax.train import loop, start
+from deepseek_jax.tokenizer.bytes import Bytes
+from deepseek_jax.train import hooks, loop, start
 from deepseek_jax.train.hooks import Interrupted
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.train.writers import read
@@ -87,7 +89,8 @@ def open_run(config, workdir):
         return {"eval_ce": ce, "eval_maxvio_global": 0.0}
 
     description = metadata.describe(config, "corpus", ("code",), "tokenizer")
-    return start.Run(SimpleNamespace(config=config), description, Rows(), evaluate)
+    parts = SimpleNamespace(config=config)
+    return start.Run(parts, description, Bytes(), Rows(), evaluate)
 
 
 @pytest.fixture(autouse=True)
@@ -307,9 +310,83 @@ def test_another_corpus_is_refused_and_nothing_is_lost(tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(start, "open_run", other_corpus)
-    with pytest.raises(ValueError, match="corpus hash = 'corpus' there, 'other' here"):
+    for file in (None, "config.json"):  # without it the checkpoints still know
+        if file:
+            os.remove(tmp_path / file)
+            del before[tmp_path / file]
+        with pytest.raises(ValueError, match="hash = 'corpus' there, 'other' here"):
+            train.run(config(steps=20), tmp_path)
+        after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+        assert after == before
+
+
+def test_a_refused_start_changes_nothing(tmp_path, monkeypatch):
+    """Not even what the next good start will clean up."""
+    with pytest.raises(Crash):
+        train.run(config(), tmp_path / "run", crash_at(11))
+    root = tmp_path / "run" / "checkpoints"
+    (root / "12.orbax-checkpoint-tmp").mkdir()
+    os.remove(root / "8" / "state" / "manifest.ocdbt")
+    os.remove(tmp_path / "run" / ".lock")
+    before = sorted(tmp_path.rglob("*"))
+
+    def refuse(config, workdir):
+        raise ValueError("no such corpus")
+
+    for workdir in ("run", "new"):
+        with monkeypatch.context() as patch:
+            patch.setattr(start, "open_run", refuse)
+            with pytest.raises(ValueError, match="no such corpus"):
+                train.run(config(), tmp_path / workdir)
+        assert sorted(tmp_path.rglob("*")) == before
+    train.run(config(), tmp_path / "run")
+    assert (root / "8.damaged").is_dir()
+    assert not (root / "12.orbax-checkpoint-tmp").exists()
+
+
+def test_a_folder_in_use_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(start, "open_run", pytest.fail)
+    with hooks.exclusive(tmp_path), pytest.raises(hooks.InUse, match="is in use"):
+        train.run(config(), tmp_path)
+
+
+def test_checkpoints_that_are_all_damaged_are_refused_before_any_work(
+    tmp_path, monkeypatch
+):
+    train.run(config(), tmp_path)
+    for step in folders.steps(tmp_path / "checkpoints"):
+        os.remove(tmp_path / "checkpoints" / str(step) / folders.DIGESTS)
+    monkeypatch.setattr(start, "open_run", pytest.fail)
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be restored"):
         train.run(config(steps=20), tmp_path)
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_tokenizer_that_an_earlier_start_left_is_replaced(tmp_path):
+    folder = tmp_path / "tokenizer"
+    Bytes().save(folder)
+    about = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(about | {"hash": "another"}))
+    (folder / "of_the_other").write_text("")
+    train.run(config(steps=2), tmp_path)
+    assert tokenizers.load(folder).hash == Bytes().hash
+    assert [file.name for file in folder.iterdir()] == ["tokenizer.json"]
+    before = (folder / "tokenizer.json").stat().st_mtime_ns
+    train.run(config(steps=3), tmp_path)
+    assert (folder / "tokenizer.json").stat().st_mtime_ns == before
+
+
+def test_the_best_checkpoint_outlives_a_restart(tmp_path, monkeypatch):
+    def first_is_best(config, workdir):
+        opened = open_run(config, workdir)
+        return opened._replace(
+            evaluate=lambda _, step: {"eval_ce": step / 10, "eval_maxvio_global": 0.0}
+        )
+
+    monkeypatch.setattr(start, "open_run", first_is_best)
+    every = {"eval_every": 2, "checkpoint_every": 2, "keep_last": 1}
+    for steps in (4, 8):
+        train.run(config(steps=steps, **every), tmp_path)
+    assert folders.steps(tmp_path / "checkpoints") == [2, 8]
 
 
 def test_how_a_run_is_computed_and_logged_may_change(tmp_path):
@@ -323,8 +400,8 @@ def test_a_full_disk_is_found_before_the_first_step(tmp_path, monkeypatch):
     usage = SimpleNamespace(free=10)
     monkeypatch.setattr(manager.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(manager.DiskFull, match="are free at"):
-        train.run(config(), tmp_path)
-    assert read(tmp_path / "metrics.jsonl") == []
+        train.run(config(), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_runs_in_a_thread_where_signals_cannot_be_caught(tmp_path, whole):

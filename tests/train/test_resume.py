@@ -1,13 +1,16 @@
 """A killed run, started again by the same command, ends bit for bit like a whole one.
 
-Real processes on the real model. They share a compilation cache, which saves most of
-their time; that compiling anew gives the same program is not what is tested here.
+Real processes on the real model, compiled as for use and not as for other tests. They
+share a compilation cache, which saves most of their time, but for one that goes on with
+a program of its own.
 """
 
 import os
 import random
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -17,6 +20,7 @@ import pytest
 import deepseek_jax
 from deepseek_jax.checkpoint import folders, manager
 from deepseek_jax.checkpoint.metadata import resolve_horizon
+from deepseek_jax.tokenizer.bytes import Bytes
 from deepseek_jax.train.state import assemble, init_state
 from deepseek_jax.train.writers import read
 from tests.train.child import STEPS, config
@@ -24,6 +28,7 @@ from tests.train.corpus import write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMED = ("tokens_per_s", "elapsed_s")
+LONGEST_S = 2.5  # about what is left of a run after its first step
 
 
 class Command:
@@ -31,25 +36,44 @@ class Command:
 
     def __init__(self, folder):
         self.corpus = str(write_corpus(folder / "corpus"))
+        flags = os.environ.get("XLA_FLAGS", "").split()
         self.environment = os.environ | {
+            "XLA_FLAGS": " ".join(f for f in flags if "optimization_level" not in f),
             "DEEPSEEK_JAX_CACHE": str(folder / "cache"),
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
 
-    def __call__(self, workdir, *stop):
-        """Exit code and stderr; `stop` is a signal's name and the step it comes at."""
+    def start(self, workdir, *stop, **environment):
+        """A process; `stop` is a signal's name and the step it comes at."""
         arguments = [self.corpus, str(workdir), *map(str, stop)]
-        done = subprocess.run(
+        return subprocess.Popen(
             [sys.executable, "-m", "tests.train.child", *arguments],
             cwd=ROOT,
-            env=self.environment,
-            capture_output=True,
+            env=self.environment | environment,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=600,
         )
-        return done.returncode, done.stderr
+
+    def __call__(self, workdir, *stop, **environment):
+        """Exit code and stderr of a process that is left alone."""
+        process = self.start(workdir, *stop, **environment)
+        _, errors = process.communicate(timeout=600)
+        return process.returncode, errors
+
+    def kill_after(self, workdir, seconds):
+        """Kills a process so long after its first step, whatever it is doing then."""
+        process = self.start(workdir)
+        errors = ""
+        while line := process.stderr.readline():
+            errors += line
+            if line.startswith("step "):
+                break
+        time.sleep(seconds)
+        process.kill()
+        _, rest = process.communicate(timeout=600)
+        return process.returncode, errors + rest
 
     def state(self, workdir):
         """The final state as plain arrays."""
@@ -79,10 +103,11 @@ def records(workdir):
     return [{k: v for k, v in line.items() if k not in TIMED} for line in lines]
 
 
-def assert_same(command, workdir, whole):
-    assert records(workdir) == records(whole)
+def assert_same(command, workdir, whole, story=""):
+    assert records(workdir) == records(whole), story
     for got, expected in zip(command.state(workdir), command.state(whole), strict=True):
-        assert got.dtype == expected.dtype and got.tobytes() == expected.tobytes()
+        same = got.dtype == expected.dtype and got.tobytes() == expected.tobytes()
+        assert same, story
 
 
 def test_the_whole_run_learns(command, whole):
@@ -100,15 +125,30 @@ def test_the_whole_run_learns(command, whole):
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == shapes
 
 
-def test_kills_at_random_steps_change_nothing(command, whole, tmp_path):
-    choose = random.SystemRandom().randrange
-    # At 11 the save of step 10 has begun, so that of step 5 is whole.
-    for step in (choose(1, 11), choose(11, STEPS)):
-        code, errors = command(tmp_path, "SIGKILL", step)
-        assert code == -9, errors
+def test_load_refuses_another_tokenizer(whole, tmp_path, monkeypatch):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    monkeypatch.setattr(Bytes, "hash", "another")
+    Bytes().save(workdir / "tokenizer")
+    with pytest.raises(ValueError, match=r"another tokenizer \(hash another\) than"):
+        deepseek_jax.load(workdir)
+    (workdir / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="is no tokenizer folder"):
+        deepseek_jax.load(workdir)
+
+
+def test_kills_at_random_moments_change_nothing(command, whole, tmp_path):
+    seed = int(os.environ.get("RESUME_SEED") or random.SystemRandom().randrange(10**6))
+    rng = random.Random(seed)
+    step, delays = rng.randrange(1, STEPS), [rng.uniform(0, LONGEST_S) for _ in "12"]
+    story = f"RESUME_SEED={seed}: killed in step {step}, then after {delays} s"
+    code, errors = command(tmp_path, "SIGKILL", step)
+    assert code == -9, f"{story}\n{errors}"
+    for delay in delays:  # also amid an evaluation or a save
+        code, errors = command.kill_after(tmp_path, delay)
+        assert code in (-9, 0), f"{story}\n{errors}"
     code, errors = command(tmp_path)
-    assert code == 0 and "going on after step" in errors, errors
-    assert_same(command, tmp_path, whole)
+    assert code == 0, f"{story}\n{errors}"
+    assert_same(command, tmp_path, whole, story)
 
 
 def test_an_interrupt_saves_and_a_damaged_checkpoint_is_passed_over(
@@ -120,7 +160,7 @@ def test_an_interrupt_saves_and_a_damaged_checkpoint_is_passed_over(
     assert folders.steps(root) == [10, 13]
     largest = max((root / "13").rglob("*"), key=lambda file: file.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
-    code, errors = command(tmp_path)
+    code, errors = command(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")
     assert code == 0, errors
     assert f"{root / '13'} is damaged" in errors and "going on after step 10" in errors
     assert_same(command, tmp_path, whole)

@@ -80,20 +80,21 @@ def test_the_bias_is_no_parameter_and_decays_not():
 
 
 def test_bf16_compute_stays_near_f32_and_leaves_the_router_alone():
-    """Operands carry 8 bits, so losses move by some 1e-3; the bias stays in f32."""
+    """8 bits an operand, and some tokens change experts: losses move by some 2e-3."""
     base = small(batch=8, length=32)
-    losses = {}
-    for compute in ("f32", "bf16"):
+    losses = {"f32": [], "bf16": []}
+    for compute, seen in losses.items():
         runtime = RuntimeConfig(block=8, compute=compute)
         parts = assemble(dataclasses.replace(base, runtime=runtime))
-        state, step = init_state(parts, 0), make_step(parts)
-        for i in range(3):
-            state, metrics = step(state, random_batch(base, seed=i))
-        losses[compute] = float(metrics["ce"])
+        step = make_step(parts)
+        for seed in range(6):
+            batch = random_batch(base, seed=seed)
+            state, metrics = step(init_state(parts, 0), batch)
+            seen.append(float(metrics["ce"]))
         for leaf in jax.tree.leaves((state.params, state.balance, metrics["bias"])):
             assert leaf.dtype == np.float32
-    difference = abs(losses["bf16"] / losses["f32"] - 1)
-    assert 1e-7 < difference < 1e-2
+    difference = np.array(losses["bf16"]) / np.array(losses["f32"]) - 1
+    assert 1e-5 < np.sqrt(np.mean(difference**2)) < 1e-2
 
 
 def test_the_step_does_not_recompile():

@@ -1,0 +1,37 @@
+"""Opening a run: what is refused, on the real corpus, tokenizer and model."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from deepseek_jax import train
+from deepseek_jax.config import DataConfig
+from deepseek_jax.train import start
+from tests.factory import SMALL, small
+from tests.train.corpus import write_corpus
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEEPSEEK_JAX_CACHE", str(tmp_path / "cache"))
+    corpus = str(write_corpus(tmp_path / "corpus"))
+    return small(
+        model=dataclasses.replace(SMALL, vocab_size=264),
+        data=DataConfig(source=corpus, tokenizer="bytes", batch=4, length=32),
+    )
+
+
+def test_several_processes_are_refused_before_any_work(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(start, "open_corpus", pytest.fail)
+    with pytest.raises(ValueError, match=r"2 JAX processes: a run is one process"):
+        train.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_opening_a_run_leaves_its_folder_alone(config, tmp_path):
+    opened = start.open_run(config, tmp_path / "run")
+    start.check(opened, tmp_path / "run")
+    assert opened.tokenizer.hash == opened.description["tokenizer"]["hash"]
+    assert not (tmp_path / "run").exists()
