@@ -13,7 +13,7 @@ import sys
 
 from benchmarks import config_a
 from deepseek_jax.train.state import assemble, init_state
-from deepseek_jax.train.step import make_step
+from deepseek_jax.train.step import compile_step
 
 
 def main() -> None:
@@ -28,7 +28,8 @@ def main() -> None:
     }
     print(json.dumps(sizes), flush=True)
     parts, batch = assemble(config), config_a.batch(config)
-    state, step = init_state(parts, config.seed), make_step(parts)
+    state = init_state(parts, config.seed)
+    step = compile_step(parts, state, batch)
     gemm = config_a.gemm(compute)
 
     def train() -> None:

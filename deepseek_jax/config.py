@@ -36,7 +36,7 @@ PACKINGS = ("concat", "best_fit")
 COMPUTES = ("f32", "bf16")
 ATTENTION_PATHS = ("plain", "chunked")
 EXPERT_PATHS = ("dense", "blocks")
-REMATS = ("none", "full")
+REMATS = ("none", "products", "full")
 
 
 def _check(ok: bool, name: str, value: object, right: str) -> None:
@@ -373,7 +373,8 @@ class RuntimeConfig:
     attention: str = "chunked"
     experts: str = "blocks"
     block: int = 128  # rows of an expert block
-    remat: str = "none"
+    # What a block keeps for its backward pass: all, its products (fastest), nothing.
+    remat: str = "products"
 
     def __post_init__(self) -> None:
         _one_of("runtime.compute", self.compute, COMPUTES)

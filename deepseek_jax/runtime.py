@@ -20,6 +20,7 @@ from deepseek_jax.precision.dots import dot_bf16, dot_f32, dot_plain
 from deepseek_jax.typing import Array
 from pallas_kernels.flash_mla.reference import attention, chunked_attention
 from pallas_kernels.grouped_matmul.reference import grouped_dot, grouped_dot_oracle
+from pallas_kernels.matmul.reference import PRODUCT
 
 
 class Dot(Protocol):
@@ -99,7 +100,11 @@ class Runtime:
 
 DOTS = {"f32": dot_f32, "bf16": dot_bf16}
 DTYPES = {"f32": None, "bf16": jnp.bfloat16}
-REMATS = {"none": None, "full": jax.checkpoint_policies.nothing_saveable}
+REMATS = {
+    "none": None,
+    "products": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def build(config: RuntimeConfig) -> Runtime:

@@ -15,7 +15,7 @@ from deepseek_jax.train import hooks, start, writers
 from deepseek_jax.train.metrics import Recorder
 from deepseek_jax.train.start import Callback, Run
 from deepseek_jax.train.state import TrainState
-from deepseek_jax.train.step import make_step
+from deepseek_jax.train.step import compile_step
 
 
 def run(
@@ -68,9 +68,11 @@ def train(
 ) -> TrainState:
     """Steps done+1 .. train.steps; the last one is evaluated and saved."""
     config = opened.parts.config.train
-    step_state = make_step(opened.parts)
+    compiled = None
     for step in range(done + 1, config.steps + 1):
-        state, metrics = step_state(state, next(opened.rows))
+        batch = next(opened.rows)
+        compiled = compiled or compile_step(opened.parts, state, batch)
+        state, metrics = compiled(state, batch)
         recorder.take(step, metrics)
         last, stopping = step == config.steps, interrupt.received is not None
         evaluating = last or step % config.eval_every == 0

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.matmul.reference import product, transposed
+from pallas_kernels.matmul.reference import PRODUCT, product, transposed
 
 Array = jax.Array
 
@@ -252,7 +253,7 @@ def _tiled(tiles: Tiles, x: Operands) -> Array:
 
 def _tiled_forward(tiles: Tiles, x: Operands) -> tuple[Array, tuple[Any, ...]]:
     piece = functools.partial(_forward_piece, tiles)
-    out, lse = _map_pieces(piece, tiles.pieces, x)
+    out, lse = checkpoint_name(_map_pieces(piece, tiles.pieces, x), PRODUCT)
     return out, (x, out, lse)
 
 

@@ -12,8 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.matmul.reference import product, rounded, transposed, wide
+from pallas_kernels.matmul.reference import (
+    PRODUCT,
+    product,
+    rounded,
+    transposed,
+    wide,
+)
 
 Array = jax.Array
 
@@ -109,7 +116,8 @@ def _forward(
     operands = rounded(x_nbD, compute_dtype), rounded(w_EDF, compute_dtype)
     # Empty arrays carry the types that the gradients must have.
     types = jnp.zeros((0,), x_nbD.dtype), jnp.zeros((0,), w_EDF.dtype)
-    return _blocks(*operands, expert_n, used), (*operands, expert_n, used, *types)
+    y_nbF = checkpoint_name(_blocks(*operands, expert_n, used), PRODUCT)
+    return y_nbF, (*operands, expert_n, used, *types)
 
 
 def _backward(

@@ -150,7 +150,11 @@ VARIANTS = {
 
 @pytest.mark.parametrize(
     "variant, segment_mask, remat",
-    [("mla", False, "full"), *((variant, True, "none") for variant in VARIANTS)],
+    [
+        ("mla", False, "full"),
+        ("mla", False, "none"),
+        *((variant, True, "products") for variant in VARIANTS),
+    ],
 )
 def test_every_runtime_agrees_with_the_plain_one(variant, segment_mask, remat):
     attention = dataclasses.replace(SMALL.attention, **VARIANTS[variant])

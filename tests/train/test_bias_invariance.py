@@ -52,6 +52,7 @@ WAYS = {
     "accumulation 2": {"accumulation": 2},
     "accumulation 4": {"accumulation": 4},
     "remat": {"remat": "full"},
+    "remat of all but products": {"remat": "products"},
     "2 shards": {"shards": 2},
     "4 shards": {"shards": 4},
     "8 shards": {"shards": 8},

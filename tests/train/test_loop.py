@@ -57,8 +57,8 @@ def init_state(parts, seed):
     )
 
 
-def make_step(parts):
-    del parts
+def compile_step(parts, state, batch):
+    del parts, state, batch
 
     def step(state, row):
         w = jnp.sin(3 * state.params["w"] + row + state.opt_state[0])
@@ -97,7 +97,7 @@ def open_run(config, workdir):
 def toy(monkeypatch):
     monkeypatch.setattr(start, "open_run", open_run)
     monkeypatch.setattr(start, "init_state", init_state)
-    monkeypatch.setattr(loop, "make_step", make_step)
+    monkeypatch.setattr(loop, "compile_step", compile_step)
     POISON.update(row=-1, weight=-1)
 
 

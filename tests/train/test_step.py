@@ -15,7 +15,7 @@ from deepseek_jax.config import (
     TrainConfig,
 )
 from deepseek_jax.train.state import assemble, init_state
-from deepseek_jax.train.step import make_step, micro_batches
+from deepseek_jax.train.step import compile_step, make_step, micro_batches
 from tests.factory import as_f64, random_batch, small
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "first_step.json"
@@ -115,3 +115,16 @@ def test_the_model_learns_a_repeated_batch():
         state, metrics = step(state, batch)
         losses.append(float(metrics["ce"]))
     assert losses[-1] < losses[0] / 2
+
+
+def test_what_remat_drops_is_not_kept():
+    """Compiled memory falls from all to the products alone to nothing of a block."""
+    base, sizes = small(batch=8, length=64), []
+    for remat in ("none", "products", "full"):
+        runtime = RuntimeConfig(block=8, remat=remat)
+        parts = assemble(dataclasses.replace(base, runtime=runtime))
+        state = jax.eval_shape(lambda parts=parts: init_state(parts, 0))
+        compiled = compile_step(parts, state, random_batch(base))
+        sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+    none, products, full = sizes
+    assert none > 1.2 * products > 1.2 * full
