@@ -15,12 +15,16 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import RuntimeConfig
-from deepseek_jax.ops.dispatch import experts_blocks, experts_dense
+from deepseek_jax.ops.dispatch import experts_by_size, experts_dense
 from deepseek_jax.precision.dots import dot_bf16, dot_f32, dot_plain
 from deepseek_jax.typing import Array
 from pallas_kernels.flash_mla.reference import attention, chunked_attention
 from pallas_kernels.grouped_matmul.reference import grouped_dot, grouped_dot_oracle
 from pallas_kernels.matmul.reference import PRODUCT
+from pallas_kernels.mla_decode.reference import (
+    latent_attention,
+    latent_attention_oracle,
+)
 
 
 class Dot(Protocol):
@@ -48,6 +52,23 @@ class Attention(Protocol):
         k_rope_BSgR: Array,
         v_BSGO: Array,
         segment_BL: Array | None,
+        /,
+        *,
+        scale: float,
+    ) -> Array: ...
+
+
+class LatentAttention(Protocol):
+    """Over cached latents, up to each query's position: latents [B, L, H, C]."""
+
+    def __call__(
+        self,
+        q_lat_BLHC: Array,
+        q_rope_BLHR: Array,
+        c_kv: Array,
+        k_rope: Array,
+        position_BL: Array,
+        table_BP: Array | None,
         /,
         *,
         scale: float,
@@ -93,6 +114,7 @@ class Runtime:
     dot: Dot = dot_plain
     grouped_dot: GroupedDot = grouped_dot_oracle
     attention: Attention = attention
+    latent_attention: LatentAttention = latent_attention_oracle
     experts: Experts = experts_dense
     constrain: Constrain = unconstrained
     remat: Callable[..., Any] | None = None
@@ -116,12 +138,13 @@ def build(config: RuntimeConfig) -> Runtime:
     }
     experts: dict[str, Experts] = {
         "dense": experts_dense,
-        "blocks": functools.partial(experts_blocks, block=config.block),
+        "blocks": functools.partial(experts_by_size, block=config.block),
     }
     return Runtime(
         dot=DOTS[config.compute],
         grouped_dot=functools.partial(grouped_dot, compute_dtype=dtype),
         attention=attentions[config.attention],
+        latent_attention=latent_attention,
         experts=experts[config.experts],
         remat=REMATS[config.remat],
     )

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "experiments": ". pallas_kernels jax numpy absl ml_collections",
 }
 # Rows of packages that are yet to come.
-LATER = {".decode", ".posttrain"}
+LATER = {".posttrain"}
 
 # Lines of a file and of a function, outside pallas_kernels. The declaration of every
 # setting reads better as one file than as two.

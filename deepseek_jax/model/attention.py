@@ -1,8 +1,12 @@
 """Multi-head Latent Attention and its baselines (arXiv:2412.19437, section 2.1.1).
 
 Every kind turns x [B, L, D] into query, key and value heads for `Runtime.attention` and
-projects what comes back. The shared rotary key of MLA stays a single head.
+projects what comes back. The shared rotary key of MLA stays a single head. For a cache
+of latents MLA also has the absorbed form, where W_UK moves to the queries and W_UV to
+the output, so that no key or value of a head is ever made (arXiv:2405.04434, 2.1.2).
 """
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -55,16 +59,42 @@ class MLA(nn.Module):
         k_nope, v = jnp.split(self.kv_b(c_kv_BSC).reshape(heads), [at.nope_dim], -1)
         return k_nope, v
 
-    def __call__(self, x_BLD: Array, by: Rotation, segment_BL: Array | None) -> Array:
-        q_nope, q_rope = self.query(x_BLD, by)
-        c_kv, k_rope = self.latent(x_BLD, by)
-        k_nope, v = self.expand(c_kv)
+    def expanded(
+        self,
+        query: tuple[Array, Array],
+        latent: tuple[Array, Array],
+        segment_BL: Array | None,
+    ) -> Array:
+        """Attention over these latents, with keys and values of every head."""
+        k_nope, v = self.expand(latent[0])
         scale = softmax_scale(self.config.attention)
         with jax.named_scope("core"):
             out_BLHO = self.rt.attention(
-                q_nope, q_rope, k_nope, k_rope, v, segment_BL, scale=scale
+                *query, k_nope, latent[1], v, segment_BL, scale=scale
             )
-        return self.o(out_BLHO.reshape(*x_BLD.shape[:2], -1))
+        return self.o(out_BLHO.reshape(*out_BLHO.shape[:2], -1))
+
+    def absorbed(
+        self, query: tuple[Array, Array], attend: Callable[..., Array]
+    ) -> Array:
+        """The same with latents in the place of keys and values.
+
+        Args:
+          attend: (q_lat_BLHC, q_rope_BLHR, scale=...) to latent outputs [B, L, H, C].
+        """
+        at = self.config.attention
+        kernel = self.kv_b.variables["params"]["kernel"]
+        kernel_CHX = kernel.reshape(at.kv_rank, at.num_heads, -1)
+        up_k_CHN, up_v_CHO = jnp.split(kernel_CHX, [at.nope_dim], -1)
+        highest = jax.lax.Precision.HIGHEST
+        q_lat = jnp.einsum("BLHN,CHN->BLHC", query[0], up_k_CHN, precision=highest)
+        with jax.named_scope("core"):
+            out_BLHC = attend(q_lat, query[1], scale=softmax_scale(at))
+        out_BLHO = jnp.einsum("BLHC,CHO->BLHO", out_BLHC, up_v_CHO, precision=highest)
+        return self.o(out_BLHO.reshape(*out_BLHO.shape[:2], -1))
+
+    def __call__(self, x_BLD: Array, by: Rotation, segment_BL: Array | None) -> Array:
+        return self.expanded(self.query(x_BLD, by), self.latent(x_BLD, by), segment_BL)
 
 
 class GroupedQuery(nn.Module):

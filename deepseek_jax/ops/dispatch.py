@@ -3,11 +3,13 @@
 Equation 12 of arXiv:2412.19437 for the routed experts. `experts_dense` runs every
 expert on every token and is the oracle; `experts_blocks` sorts the T*K routed slots by
 expert into blocks of rows padded to a whole number of blocks (MegaBlocks,
-arXiv:2211.15841), so that no token is ever dropped. The routing weight multiplies the
-activation before the down projection, which is the same sum and saves keeping the
-expert outputs.
+arXiv:2211.15841), so that no token is ever dropped. `experts_few` suits the few tokens
+of a decoding step: a block of one row for each slot, so nothing is sorted, padded or
+copied. The routing weight multiplies the activation before the down projection, which
+is the same sum and saves keeping the expert outputs.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,6 +19,8 @@ import jax.numpy as jnp
 from deepseek_jax.typing import Array, at_least_f32
 
 GroupedDot = Callable[[Array, Array, Array, Array], Array]
+
+FEW_SLOTS = 64  # where reading an expert's weights again costs what sorting costs
 
 
 class Layout(NamedTuple):
@@ -115,8 +119,11 @@ def experts_blocks(
     Args:
       experts_TK: int, distinct within a token.
       grouped_dot: the Runtime's; called for gate and up at once, then for down.
-      block: rows a block; larger ones waste more padding and loop less often.
+      block: rows a block; larger ones waste more padding and loop less often. Not more
+        than the power of two that holds an expert's even share of the slots.
     """
+    share = -(-experts_TK.size // len(gate_EDF))
+    block = min(block, 1 << (share - 1).bit_length())
     placed = layout(experts_TK, len(gate_EDF), block)
     x_nbD = take_rows(x_TD, placed)
     gate_up_EDF = jnp.concatenate([gate_EDF, up_EDF], -1)
@@ -144,6 +151,51 @@ def _weights_backward(placed: Layout, g_nb: Array) -> tuple[Array, None]:
 
 
 _row_weights.defvjp(_weights_forward, _weights_backward)
+
+
+def experts_few(
+    x_TD: Array,
+    weights_TK: Array,
+    experts_TK: Array,
+    gate_EDF: Array,
+    up_EDF: Array,
+    down_EFD: Array,
+    *,
+    grouped_dot: GroupedDot,
+) -> Array:
+    """What `experts_blocks` computes, one row at a time."""
+    expert_M, used = experts_TK.reshape(-1), jnp.asarray(experts_TK.size)
+    x_M1D = jnp.repeat(x_TD, experts_TK.shape[1], axis=0)[:, None]
+    gate_M1F = at_least_f32(grouped_dot(x_M1D, gate_EDF, expert_M, used))
+    up_M1F = at_least_f32(grouped_dot(x_M1D, up_EDF, expert_M, used))
+    hidden_M1F = jax.nn.silu(gate_M1F) * up_M1F * weights_TK.reshape(-1, 1, 1)
+    y_M1D = grouped_dot(hidden_M1F, down_EFD, expert_M, used)
+    return y_M1D.reshape(*experts_TK.shape, -1).sum(1)
+
+
+def experts_by_size(
+    x_TD: Array,
+    weights_TK: Array,
+    experts_TK: Array,
+    gate_EDF: Array,
+    up_EDF: Array,
+    down_EFD: Array,
+    *,
+    grouped_dot: GroupedDot,
+    block: int = 128,
+) -> Array:
+    """`experts_few` up to FEW_SLOTS slots, `experts_blocks` beyond."""
+    few = experts_TK.size <= FEW_SLOTS
+    experts = experts_few if few else functools.partial(experts_blocks, block=block)
+    return experts(
+        x_TD,
+        weights_TK,
+        experts_TK,
+        gate_EDF,
+        up_EDF,
+        down_EFD,
+        grouped_dot=grouped_dot,
+    )
 
 
 def experts_dense(

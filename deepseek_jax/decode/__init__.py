@@ -1,0 +1,1 @@
+"""Decoding with a cache of latents: sampling and multi-token speculation."""

@@ -1,0 +1,272 @@
+"""Prefill and steps against the whole model: equal, whatever the chunks and cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax import presets
+from deepseek_jax.config import Config, MTPConfig, OptimConfig
+from deepseek_jax.decode import cache as caches
+from deepseek_jax.decode import engine, forward
+from deepseek_jax.decode.cache import Layer
+from deepseek_jax.decode.sampling import sampling
+from deepseek_jax.train.state import assemble, init_state
+from tests.decode import replica
+
+LENGTHS = (1, 2, 9, 17, 30)
+
+
+def prompts(lengths=LENGTHS, seed=1):
+    rows = replica.chain(len(lengths), max(lengths), seed)
+    return [row[:length].tolist() for row, length in zip(rows, lengths, strict=True)]
+
+
+def stepwise(model, weights, rows, widths, **options):
+    """Logits [B, L, V] of whole rows, the first half prefilled, then `widths` tokens at
+    a time; NaN where prefill computed them.
+    """
+    lengths = np.array([len(row) for row in rows])
+    halves = np.maximum(lengths // 2, 1)
+    state = engine.prefill(
+        model,
+        weights,
+        [row[:half] for row, half in zip(rows, halves, strict=True)],
+        max_tokens=int(lengths.max()),
+        **options,
+    )
+    tokens = np.zeros((len(rows), lengths.max()), np.int32)
+    for row, values in enumerate(rows):
+        tokens[row, : len(values)] = values
+    out = np.full((*tokens.shape, model.config.vocab_size), np.nan)
+    at, cache, widths = halves - 1, state.cache, iter(widths * tokens.shape[1])
+    run = jax.jit(forward.forward, static_argnums=0)
+    while (at < lengths).any():
+        there = at[:, None] + np.arange(next(widths))
+        position = np.where(there < lengths[:, None], there, -1)
+        window = np.take_along_axis(tokens, np.minimum(there, tokens.shape[1] - 1), 1)
+        x, cache = run(
+            model, weights, jnp.asarray(window), jnp.asarray(position), cache
+        )
+        got = forward.logits(model, weights, forward.final_norm(model, weights, x))
+        for row, i in np.argwhere(position >= 0):
+            out[row, position[row, i]] = got[row, i]
+        at = at + there.shape[1]
+    return out
+
+
+def whole(model, kept, rows):
+    """The same of the model as it is trained, row by row."""
+    return [
+        np.asarray(
+            model.apply(
+                {"params": kept[0]},
+                jnp.asarray([row], jnp.int32),
+                jnp.arange(len(row))[None],
+                kept[1],
+            ).hidden_BLD
+            @ kept[0]["head"]
+        )[0]
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize(
+    ("widths", "options"),
+    [
+        ([1], {}),
+        ([1, 3, 2], {"chunk": 16}),
+        ([2], {"page": 4}),
+        ([4, 1], {"page": 8, "chunk": 16, "depth": 2}),
+    ],
+)
+def test_the_cache_changes_nothing_in_float64(widths, options):
+    with jax.enable_x64(True):
+        model, weights, kept = replica.built(f64=True)
+        rows = prompts((1, 2, 9, 17, 70))
+        got = stepwise(model, weights, rows, widths, dtype=jnp.float64, **options)
+        for row, want in zip(got, whole(model, kept, rows), strict=True):
+            row = row[: len(want)]
+            seen = ~np.isnan(row[:, 0])
+            assert seen.sum() > len(want) // 2
+            bound = 1e-10 * np.abs(want).max()
+            np.testing.assert_allclose(row[seen], want[seen], rtol=0, atol=bound)
+
+
+def test_in_float32_but_for_ties_of_the_router():
+    model, weights, kept = replica.built()
+    rows = prompts([40] * 12)
+    got = stepwise(model, weights, rows, [1, 2])
+    with jax.enable_x64(True):
+        exact, weights64, _ = replica.built(f64=True)
+        margins = [margin(exact, weights64, row) for row in rows]
+    left = total = 0
+    for row, want, margin_L in zip(got, whole(model, kept, rows), margins, strict=True):
+        seen = ~np.isnan(row[:, 0])
+        # A flip changes what later positions see, so those are left out too.
+        clear = seen & (np.minimum.accumulate(margin_L) > 1e-6)
+        left, total = left + (seen & ~clear).sum(), total + seen.sum()
+        bound = 2e-5 * np.abs(want).max()
+        np.testing.assert_allclose(row[clear], want[clear], rtol=0, atol=bound)
+    assert left < 0.01 * total
+
+
+def margin(model, weights, row):
+    """Of each position, the least gap between two experts that follow each other."""
+    gaps = []
+
+    def select(scores_TE, state):
+        choice_TE = model.balancer.select(scores_TE, state)
+        gaps.append(np.diff(np.sort(choice_TE)).min(1))
+        return choice_TE
+
+    balancer = dataclasses.replace(model.balancer, select=select)
+    watched = model.clone(balancer=balancer)
+    tokens, position = jnp.asarray([row], jnp.int32), jnp.arange(len(row))[None]
+    cache = caches.create(model.config, [len(row)], dtype=jnp.float64)
+    # Nothing is traced here, so `select` sees numbers.
+    forward.forward(watched, weights, tokens, position, cache, forward.attend_expanded)
+    assert len(gaps) == model.config.num_moe
+    return np.min(gaps, 0)
+
+
+def test_a_bfloat16_cache_is_near():
+    model, weights, kept = replica.built()
+    rows = prompts([40] * 4)
+    got = stepwise(model, weights, rows, [1], dtype=jnp.bfloat16)
+    for row, want in zip(got, whole(model, kept, rows), strict=True):
+        seen = ~np.isnan(row[:, 0])
+        error = np.abs(row[seen] - want[seen]).mean() / np.abs(want).max()
+        assert 1e-5 < error < 2e-2
+
+
+@pytest.mark.parametrize("page", [0, 4])
+def test_the_cache_holds_nothing_but_latents(page):
+    model, _, _ = replica.built()
+    config, at = model.config, model.config.attention
+    lengths = [3, 30, 60]
+    cache = caches.create(config, lengths, 2, page=page)
+    assert len(cache.layers) == config.num_layers + 2
+    for layer in cache.layers:
+        assert isinstance(layer, Layer) and len(layer) == 2
+        assert layer.c_kv.shape[2:] == (at.kv_rank,)
+        assert layer.k_rope.shape[2:] == (at.rope_dim,)
+    tokens = np.prod(cache.layers[0].c_kv.shape[:2])
+    one = engine.bytes_per_token(config, 2, jnp.float32)
+    assert one == (config.num_layers + 2) * (at.kv_rank + at.rope_dim) * 4
+    table = 0 if cache.table_BP is None else cache.table_BP.nbytes
+    assert caches.num_bytes(cache) == one * tokens + table
+    # Rows of 3, 30 and 60 tokens: pages need little more than their sum.
+    assert tokens == (3 * 64 if not page else 128)
+
+
+def test_pages_are_nobody_elses():
+    table = np.asarray(caches.assign([3, 9, 4], page=4, width=5))
+    own = [table[0, :1], table[1, :3], table[2, :1]]
+    assert sorted(np.concatenate(own)) == [0, 1, 2, 3, 4]
+    assert (table[0, 1:] == 5).all() and (table[2, 1:] == 5).all()
+
+
+def test_positions_that_are_not_there_are_written_nowhere():
+    for table in (None, caches.assign([8, 8], 4, 2)):
+        shape = (2, 8) if table is None else (5, 4)
+        layer = Layer(jnp.zeros((*shape, 1)), jnp.zeros((*shape, 1)))
+        new = Layer(jnp.ones((2, 3, 1)), jnp.ones((2, 3, 1)))
+        position = jnp.asarray([[0, -1, 8], [7, 100, -5]])
+        for array in caches.append(layer, new, position, table):
+            assert array.sum() == 2
+            assert np.flatnonzero(array).tolist() == [0, 15]
+
+
+def test_nothing_is_compiled_again():
+    """Not for other lengths in a bucket, limits, stop tokens, rules or seeds."""
+    model, weights, _ = replica.built()
+    engine.generate(model, weights, prompts([17, 25]), 10, depth=1)
+    engine.extend.clear_cache(), engine.advance.clear_cache()
+    for lengths, most, stop, rule in [
+        ((17, 25), 10, (), sampling(2)),
+        ((30, 2), 7, (1, 2), sampling(2, temperature=0.7, top_p=0.9, seed=4)),
+        ((25, 9), 12, (3,), sampling(2, temperature=0.1, top_k=3, repetition=1.3)),
+    ]:
+        rows = prompts(lengths)
+        engine.generate(model, weights, rows, most, depth=1, stop=stop, rule=rule)
+    assert engine.extend._cache_size() == engine.advance._cache_size() == 1
+
+
+def test_a_callback_hears_every_token_once():
+    model, weights, _ = replica.built()
+    heard = {row: [] for row in range(len(LENGTHS))}
+    report = engine.generate(
+        model,
+        weights,
+        prompts(),
+        21,
+        depth=2,
+        callback=lambda row, new: heard[row].extend(new),
+    )
+    assert [row.tokens for row in report.rows] == list(heard.values())
+    assert all(len(new) == 21 for new in heard.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": []}, "there are none"),
+        ({"prompts": [[1], []]}, "prompt 1 is empty"),
+        ({"prompts": [[1, 61]]}, "prompt 0 has token 61: must be 0 to 60"),
+        ({"prompts": [[-1]]}, "has token -1"),
+        ({"max_tokens": 0}, "max_tokens = 0: must be at least 1"),
+        ({"depth": 4}, "depth = 4: must be from 0 to 3"),
+        ({"depth": -1}, "depth = -1: must be from 0 to 3"),
+        ({"context": 10}, "context is 10; ask for at most 7"),
+        ({"context": 2}, "context is 2"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_is_compiled(
+    change, message, monkeypatch
+):
+    model, weights, _ = replica.built()
+    monkeypatch.setattr(engine, "prefill", pytest.fail)
+    request = {"prompts": [[1, 2, 3]], "max_tokens": 8} | change
+    with pytest.raises(ValueError, match=message):
+        engine.generate(model, weights, **request)
+
+
+def test_models_without_what_is_needed_are_refused():
+    model, _, _ = replica.built()
+    config = dataclasses.replace(model.config, mtp=MTPConfig(depth=0))
+    with pytest.raises(ValueError, match="the model has none"):
+        engine.check(model.clone(config=config), [[1]], 1, depth=1)
+    at = dataclasses.replace(model.config.attention, kind="mha")
+    config = dataclasses.replace(model.config, attention=at)
+    with pytest.raises(ValueError, match="decoding needs 'mla'"):
+        engine.check(model.clone(config=config), [[1]], 1)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_the_loop_needs_little_more_than_weights_and_cache(depth):
+    config = Config(model=presets.mini(), optim=OptimConfig(horizon=1))
+    parts = assemble(config)
+
+    def request():
+        start = init_state(parts, 0)
+        weights = forward.split(parts.model, start.params, start.balance)
+        state = engine.prefill(parts.model, weights, [[1]] * 8, 8180, depth=depth)
+        return weights._replace(mtp=weights.mtp[:depth]), state
+
+    weights, state = jax.eval_shape(request)
+    assert state.tokens_BS.shape == (8, 8192)
+    numbers = jnp.zeros(8, jnp.int32)
+    compiled = engine.advance.lower(
+        parts.model, weights, state, sampling(8), numbers, numbers, numbers[0]
+    ).compile()
+    memory = compiled.memory_analysis()
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    used += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needed = sum(
+        leaf.size * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves((weights, state.cache))
+    )
+    assert used < 1.1 * needed
