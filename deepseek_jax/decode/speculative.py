@@ -32,6 +32,7 @@ from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.typing import Array
 
 CHOOSE, DRAFT, ACCEPT = range(3)  # what a random number is for
+NOWHERE = jnp.iinfo(jnp.int32).max  # an index that a scatter drops
 
 
 class State(NamedTuple):
@@ -130,40 +131,54 @@ def step(
     p_BLV = sampling.adjusted(raw_BLV, _seen(state.seen_BV, drafts), s)
     new_BL, count_B = accept(p_BLV, drafts, there_BL, s)
 
-    ours_BL = jnp.arange(depth + 1) < count_B[:, None]
-    stops_BL = (new_BL[..., None] == stop_N).any(-1) & ours_BL
-    stop_B = stops_BL.any(1)
-    kept_B = jnp.where(stop_B, stops_BL.argmax(1) + 1, count_B)
-    kept_B = jnp.minimum(kept_B, limit_B - state.length_B)
-    kept_B = jnp.where(state.done_B, 0, kept_B).astype(jnp.int32)
-    keep_BL = jnp.arange(depth + 1) < kept_B[:, None]
-    length_B = state.length_B + kept_B
-    stopped_B = stop_B & (stops_BL & keep_BL).any(1)
+    kept_B, stopped_B = cut(new_BL, count_B, state, limit_B, stop_N)
 
-    rows = jnp.arange(len(length_B))[:, None]
-    place_BL = jnp.where(keep_BL, there_BL, state.tokens_BS.shape[1])
+    rows, keep_BL = jnp.arange(len(kept_B))[:, None], _first(kept_B, depth + 1)
+    place_BL = jnp.where(keep_BL, there_BL, NOWHERE)
+    token_BL = jnp.where(keep_BL, new_BL, NOWHERE)
     log_p_BL = sampling.log_prob(raw_BLV, new_BL)
-    old = state.hidden_BWD
-    joined = jnp.concatenate([old, mtp_input(model, weights, x_BLD)], 1)
-    size = jnp.arange(old.shape[1])
-    shifted = jnp.take_along_axis(joined, (kept_B[:, None] + size)[..., None], 1)
-    active_B1 = ~state.done_B[:, None]
+    length_B = state.length_B + kept_B
+    accepted_BJ = _first(count_B - 1, depth) & ~state.done_B[:, None]
     return State(
         state.tokens_BS.at[rows, place_BL].set(new_BL, mode="drop"),
         length_B,
         state.done_B | stopped_B | (length_B >= limit_B),
-        state.seen_BV.at[rows, jnp.where(keep_BL, new_BL, _NONE)].set(
-            True, mode="drop"
-        ),
+        state.seen_BV.at[rows, token_BL].set(True, mode="drop"),
         state.log_prob_BS.at[rows, place_BL].set(log_p_BL, mode="drop"),
-        shifted if size.size else old,
+        _shifted(state.hidden_BWD, mtp_input(model, weights, x_BLD), kept_B),
         cache,
-        state.steps_B + active_B1[:, 0],
-        state.accepted_BJ + (active_B1 & (jnp.arange(depth) < count_B[:, None] - 1)),
+        state.steps_B + ~state.done_B,
+        state.accepted_BJ + accepted_BJ,
     )
 
 
-_NONE = jnp.iinfo(jnp.int32).max  # an index past every end: dropped
+def _first(count_B: Array, size: int) -> Array:
+    """True at the first `count_B` of `size` entries: bool [B, size]."""
+    return jnp.arange(size) < count_B[:, None]
+
+
+def _shifted(old_BWD: Array, new_BLD: Array, by_B: Array) -> Array:
+    """The last W states that count when `by_B` of the new ones do."""
+    size = old_BWD.shape[1]
+    if not size:
+        return old_BWD
+    both = jnp.concatenate([old_BWD, new_BLD], 1)
+    return jnp.take_along_axis(both, (by_B[:, None] + jnp.arange(size))[..., None], 1)
+
+
+def cut(
+    new_BL: Array, count_B: Array, state: State, limit_B: Array, stop_N: Array
+) -> tuple[Array, Array]:
+    """How many of the next tokens a row keeps, int32 [B], and if the last one stops it.
+
+    None if the row is done, else those up to the first stop token and to the limit.
+    """
+    stops_BL = (new_BL[..., None] == stop_N).any(-1) & _first(count_B, new_BL.shape[1])
+    end_B = jnp.where(stops_BL.any(1), stops_BL.argmax(1) + 1, count_B)
+    kept_B = jnp.minimum(end_B, limit_B - state.length_B)
+    kept_B = jnp.where(state.done_B, 0, kept_B).astype(jnp.int32)
+    stopped_B = (stops_BL & _first(kept_B, new_BL.shape[1])).any(1)
+    return kept_B, stopped_B
 
 
 def _seen(seen_BV: Array, drafts: Drafts | None) -> Array:

@@ -51,7 +51,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids; bad UTF-8 becomes U+FFFD, control ids become nothing."""
+        """The text of ids; bad UTF-8 becomes U+FFFD. Control ids become nothing, and so
+        do those of a model whose vocabulary is larger.
+        """
 
     def save(self, folder: str | Path) -> None:
         """Writes the folder that `tokenizer.load` reads."""

@@ -66,7 +66,8 @@ class SentencePiece:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        return b"".join(self._bytes[i] for i in ids).decode(errors="replace")
+        known = (self._bytes[i] for i in ids if i < len(self._bytes))
+        return b"".join(known).decode(errors="replace")
 
     def save(self, folder: str | Path) -> None:
         write_bytes(Path(folder) / MODEL, self._model)

@@ -97,7 +97,7 @@ def test_control_ids_are_distinct_and_decode_to_nothing(kind):
 
 
 @kinds
-@given(st.lists(st.integers(0, 261)))
+@given(st.lists(st.integers(0, 5000)))
 def test_any_ids_decode(kind, ids):
     assert isinstance(TOKENIZERS[kind].decode(ids), str)
 

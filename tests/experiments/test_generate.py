@@ -1,0 +1,172 @@
+"""The command as a user types it: text that streams, JSON, and what it refuses."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import deepseek_jax
+from deepseek_jax.checkpoint import manager, metadata
+from deepseek_jax.decode import engine, forward
+from deepseek_jax.eval import logits
+from deepseek_jax.tokenizer.bytes import Bytes
+from deepseek_jax.train.state import assemble, init_state
+from experiments import common, generate
+from tests.factory import SMALL, small
+
+PROMPT = "Größe: "
+
+
+def checkpoint(workdir, depth):
+    """A run that has been saved at step 3; its vocabulary is larger than needed."""
+    config = small(depth=depth)
+    model = dataclasses.replace(config.model, vocab_size=Bytes.vocab_size + 10)
+    config = dataclasses.replace(config, model=model)
+    about = metadata.describe(config, "corpus", ("text",), Bytes().hash)
+    metadata.write(workdir, about)
+    Bytes().save(workdir / "tokenizer")
+    with manager.Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(3, init_state(assemble(config), 0), {}, about)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("runs") / "run", depth=2)
+
+
+def words(run, *more, **changes):
+    named = {"checkpoint": run, "prompt": PROMPT, "max-tokens": 20} | changes
+    named = {name: value for name, value in named.items() if value is not None}
+    return [*(f"--{name}={value}" for name, value in named.items()), *more]
+
+
+def printed(capsys, run, *more, **changes):
+    generate.main(words(run, *more, **changes))
+    return capsys.readouterr()
+
+
+def expected(run, max_tokens=20):
+    """The same greedy output through the library."""
+    config, params, balance, tokenizer = deepseek_jax.load(run)
+    model = logits.build(config)
+    report = engine.generate(
+        model,
+        forward.split(model, params, balance),
+        [[tokenizer.bos_id, *tokenizer.encode(PROMPT)]],
+        max_tokens,
+        stop=(tokenizer.eos_id,),
+    )
+    return report.rows[0]
+
+
+def test_text_streams_and_the_figures_come_last(run, capsys):
+    row = expected(run)
+    out, errors = printed(capsys, run)
+    text = Bytes().decode(row.tokens)
+    assert out.rstrip("\n\N{REPLACEMENT CHARACTER}") == (PROMPT + text).rstrip(
+        "\n\N{REPLACEMENT CHARACTER}"
+    )
+    assert f"{len(row.tokens)} tokens, " in errors and "bytes/token" in errors
+    assert errors.count("\n") == 1 and "accepted" not in errors
+
+
+def test_half_a_character_is_held_back(capsys):
+    stream = generate.Stream(Bytes())
+    parts = [list(b"a"), *([byte] for byte in "ö€".encode()), [300]]
+    shown = []
+    for tokens in parts:
+        stream(0, tokens)
+        shown.append(capsys.readouterr().out)
+    assert shown == ["a", "", "ö", "", "", "€", ""]
+
+
+def test_json_of_several_samples(run, capsys):
+    changes = {"n": 3, "temperature": 0.9, "top-k": 50, "seed": 7}
+    out, errors = printed(capsys, run, "--json", "--speculative", **changes)
+    found = json.loads(out)
+    assert errors == "" and out.count("\n") == 1
+    assert found["prompt"] == PROMPT and len(found["samples"]) == 3
+    for sample in found["samples"]:
+        assert sample["text"] == Bytes().decode(sample["tokens"])
+        assert len(sample["log_probs"]) == len(sample["tokens"]) <= 20
+    assert len({tuple(sample["tokens"]) for sample in found["samples"]}) == 3
+    assert len(found["acceptance"]) == 2 and 1 <= found["tokens_per_step"] <= 3
+    at = SMALL.attention
+    layers = SMALL.num_layers + 2
+    assert found["cache_bytes_per_token"] == layers * (at.kv_rank + at.rope_dim) * 4
+    again = json.loads(printed(capsys, run, "--json", "--speculative", **changes).out)
+    assert [sample["tokens"] for sample in again["samples"]] == [
+        sample["tokens"] for sample in found["samples"]
+    ]
+
+
+def test_speculation_and_the_kind_of_cache_change_no_greedy_output(run, capsys):
+    want = expected(run).tokens
+    for more, changes in (
+        (("--speculative",), {}),
+        (("--speculative",), {"depth": 1, "page": 8}),
+        ((), {"page": 16}),
+    ):
+        found = json.loads(printed(capsys, run, "--json", *more, **changes).out)
+        assert found["samples"][0]["tokens"] == want
+        assert len(found["acceptance"]) == (changes.get("depth", 2) if more else 0)
+
+
+def test_a_prompt_from_a_file(run, tmp_path, capsys):
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT, "utf-8")
+    changes = {"prompt": None, "prompt-file": file}
+    found = json.loads(printed(capsys, run, "--json", **changes).out)
+    assert found["samples"][0]["tokens"] == expected(run).tokens
+
+
+@pytest.mark.parametrize(
+    ("more", "changes", "message"),
+    [
+        ((), {"depth": 2}, "--depth 2: needs --speculative"),
+        (("--speculative",), {"depth": 3}, "depth = 3: must be from 0 to 2"),
+        (("--speculative",), {"depth": 0}, "--depth 0: must be at least 1"),
+        ((), {"max-tokens": 0}, "max_tokens = 0: must be at least 1"),
+        ((), {"max-tokens": 5000}, "context is 4096; ask for at most 4086"),
+        ((), {"n": 0}, "--n 0: must be at least 1"),
+        ((), {"temperature": -1}, "temperature = -1.0"),
+        ((), {"prompt": None, "prompt-file": "nowhere.txt"}, "there is no such file"),
+        ((), {"checkpoint": "nowhere"}, "nowhere"),
+        ((), {"prompt": None}, "--prompt"),
+        ((), {"topk": 3}, "--topk"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_compiled(
+    run, more, changes, message, capsys, monkeypatch
+):
+    monkeypatch.setattr(engine, "prefill", pytest.fail)
+    with pytest.raises(SystemExit) as stop:
+        common.guarded(generate.main, words(run, *more, **changes))
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in errors and errors.count("\n") == 1, errors
+
+
+def test_a_model_without_modules_or_a_checkpoint_without_tokenizer(
+    run, tmp_path, capsys
+):
+    plain = checkpoint(tmp_path / "plain", depth=0)
+    with pytest.raises(ValueError, match="the model has none"):
+        generate.main(words(plain, "--speculative"))
+    bare = shutil.copytree(run, tmp_path / "bare")
+    shutil.rmtree(bare / "tokenizer")
+    with pytest.raises(ValueError, match="tokenizer"):
+        generate.main(words(bare))
+
+
+def test_log_probs_are_the_models_own(run, capsys):
+    """Whatever the temperature is."""
+    row = expected(run)
+    found = json.loads(printed(capsys, run, "--json", temperature=1e-3).out)
+    sample = found["samples"][0]
+    assert sample["tokens"] == row.tokens
+    np.testing.assert_allclose(sample["log_probs"], row.log_probs, atol=1e-5)
+    assert max(sample["log_probs"]) < 0
