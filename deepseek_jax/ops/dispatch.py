@@ -119,11 +119,8 @@ def experts_blocks(
     Args:
       experts_TK: int, distinct within a token.
       grouped_dot: the Runtime's; called for gate and up at once, then for down.
-      block: rows a block; larger ones waste more padding and loop less often. Not more
-        than the power of two that holds an expert's even share of the slots.
+      block: rows a block; larger ones waste more padding and loop less often.
     """
-    share = -(-experts_TK.size // len(gate_EDF))
-    block = min(block, 1 << (share - 1).bit_length())
     placed = layout(experts_TK, len(gate_EDF), block)
     x_nbD = take_rows(x_TD, placed)
     gate_up_EDF = jnp.concatenate([gate_EDF, up_EDF], -1)
@@ -184,9 +181,15 @@ def experts_by_size(
     grouped_dot: GroupedDot,
     block: int = 128,
 ) -> Array:
-    """`experts_few` up to FEW_SLOTS slots, `experts_blocks` beyond."""
+    """`experts_few` up to FEW_SLOTS slots, `experts_blocks` beyond.
+
+    Blocks have `block` rows, or as many as hold an expert's even share of the slots if
+    that power of two is smaller.
+    """
+    share = -(-experts_TK.size // len(gate_EDF))
+    rows = min(block, 1 << (share - 1).bit_length())
     few = experts_TK.size <= FEW_SLOTS
-    experts = experts_few if few else functools.partial(experts_blocks, block=block)
+    experts = experts_few if few else functools.partial(experts_blocks, block=rows)
     return experts(
         x_TD,
         weights_TK,

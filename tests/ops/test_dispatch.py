@@ -10,9 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepseek_jax.ops import dispatch
 from deepseek_jax.ops.dispatch import (
     experts_blocks,
+    experts_by_size,
     experts_dense,
+    experts_few,
     layout,
     sum_rows,
     take_rows,
@@ -171,7 +174,7 @@ def test_blocks_agree_with_the_oracle(routing, block):
     assert_agree(actual, exact(routing), 1e-13)
 
 
-@pytest.mark.parametrize("experts", [experts_dense, experts_blocks])
+@pytest.mark.parametrize("experts", [experts_dense, experts_blocks, experts_few])
 @pytest.mark.parametrize("product", [grouped_dot, grouped_dot_oracle])
 def test_experts_and_grouped_dots_go_together(experts, product):
     with jax.enable_x64(True):
@@ -179,7 +182,30 @@ def test_experts_and_grouped_dots_go_together(experts, product):
     assert_agree(actual, exact("random"), 1e-13)
 
 
-@pytest.mark.parametrize("experts", [experts_dense, experts_blocks])
+@pytest.mark.parametrize(
+    ("tokens", "used", "rows"),
+    [
+        (1, "experts_few", None),
+        (32, "experts_few", None),
+        (33, "experts_blocks", 16),
+        (100, "experts_blocks", 32),
+    ],
+)
+def test_the_layout_follows_the_number_of_slots(tokens, used, rows, monkeypatch):
+    """Two of eight experts a token: 64 slots are few, and blocks hold even shares."""
+    called = []
+
+    def watch(name):
+        return lambda *args, **kwargs: called.append((name, kwargs.get("block")))
+
+    for name in ("experts_few", "experts_blocks"):
+        monkeypatch.setattr(dispatch, name, watch(name))
+    slots, gate = jnp.zeros((tokens, 2)), jnp.zeros((8, 1, 1))
+    experts_by_size(slots, slots, slots, gate, gate, gate, grouped_dot=grouped_dot)
+    assert called == [(used, rows)]
+
+
+@pytest.mark.parametrize("experts", [experts_dense, experts_blocks, experts_few])
 @pytest.mark.parametrize(("compute", "bound"), [(None, 2e-6), (jnp.bfloat16, 2e-2)])
 @pytest.mark.parametrize("routing", ["random", "empty experts"])
 def test_they_round_no_more_than_their_products(experts, compute, bound, routing):
