@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from deepseek_jax.files import write_text
+
 ROOT = Path(__file__).resolve().parent.parent
 COMPUTES = ("f32", "bf16")
 WARMUP = 2
@@ -238,9 +240,7 @@ def main() -> None:
     except Failed as failure:
         sys.exit(f"train_cpu: {failure}")
     if args.json:
-        part = args.json.with_name(args.json.name + ".part")
-        part.write_text(json.dumps(result, indent=2) + "\n")
-        part.replace(args.json)
+        write_text(args.json, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
