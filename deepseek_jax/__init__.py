@@ -14,7 +14,7 @@ def load(path: str | Path) -> "tuple[Config, dict[str, Any], Any, Tokenizer | No
     """(config, params, balance, tokenizer) of a run's newest good checkpoint.
 
     Parameters are float32. The tokenizer is None for a checkpoint that was converted
-    from files without one.
+    from files without one that can be read; a warning says why it cannot.
 
     Args:
       path: a workdir, its checkpoints/, or one step.
@@ -24,6 +24,7 @@ def load(path: str | Path) -> "tuple[Config, dict[str, Any], Any, Tokenizer | No
         another one than the run was trained with.
     """
     import dataclasses
+    import warnings
 
     import jax
 
@@ -42,7 +43,13 @@ def load(path: str | Path) -> "tuple[Config, dict[str, Any], Any, Tokenizer | No
     restored = manager.restore(root, wanted, step=step, partial=True)
     assert restored is not None
     folder, trained = root.parent / "tokenizer", description["tokenizer"]["hash"]
-    vocabulary = tokenizer.load(folder) if trained or folder.is_dir() else None
+    vocabulary = None
+    try:
+        vocabulary = tokenizer.load(folder) if trained or folder.is_dir() else None
+    except ValueError as error:
+        if trained:
+            raise
+        warnings.warn(f"no tokenizer for {root.parent}: {error}", stacklevel=2)
     if vocabulary and trained and vocabulary.hash != trained:
         raise ValueError(
             f"{folder} holds another tokenizer (hash {vocabulary.hash}) than the "

@@ -17,8 +17,8 @@ loads. What was converted and not trained since comes out bit for bit as it went
 given DeepSeek's names; one that transformers has no class for is refused, with the
 setting that is to blame.
 
-Some hundred MB of memory are enough for models of any size. Nothing appears under the
-target's name until it is whole.
+Whatever the size of the model, memory stays below twice its largest tensor plus 1 GiB.
+Nothing appears under the target's name until it is whole.
 """
 
 import argparse
@@ -28,7 +28,9 @@ from pathlib import Path
 
 import jax
 
+from deepseek_jax import tokenizer
 from deepseek_jax.convert import hf_export, hf_import
+from deepseek_jax.convert.common import TOKENIZER
 from experiments import common
 
 DTYPES = """\
@@ -45,9 +47,9 @@ class Bar:
         self.pause = 0.1 if self.redraw else pause
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        """Shows that `done` of `total` bytes are converted, `what` the last of them."""
+        """Shows that `done` of `total` bytes are done, `what` the last of them."""
         now = time.monotonic()
-        if done < total and now - self.shown < self.pause:
+        if 0 < done < total and now - self.shown < self.pause:
             return
         self.shown = now
         share = done / max(total, 1)
@@ -60,6 +62,8 @@ class Bar:
         end = "\n" if done == total or not self.redraw else ""
         lead = "\r\033[K" if self.redraw else ""
         print(lead + text, end=end, file=sys.stderr, flush=True)
+        if done in (0, total):
+            self.start = now  # of the next pass over the files
 
 
 def parser() -> common.Parser:
@@ -80,7 +84,8 @@ def parser() -> common.Parser:
     export.add_argument(
         "--ue8m0",
         action="store_true",
-        help="fp8 scales are powers of two, as V3.1's; imported ones are anyway",
+        help="fp8 scales are powers of two, as V3.1's; imported ones of that kind stay "
+        "so without it",
     )
     export.add_argument(
         "--stacked",
@@ -125,6 +130,15 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--shard-gb = {options.shard_gb}: must be positive")
 
 
+def check_tokenizer(folder: Path) -> None:
+    """Says so if the tokenizer that came along is of no use here."""
+    try:
+        if folder.is_dir():
+            tokenizer.load(folder)
+    except ValueError as error:
+        print(f"the tokenizer is kept for exports only: {error}", file=sys.stderr)
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     check(options)
@@ -137,6 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"{options.to}: {model.num_layers} layers of width {model.dim}, "
             f"{model.moe.num_experts} experts, {model.mtp.depth} MTP modules"
         )
+        check_tokenizer(options.to / TOKENIZER)
         return
     hf_export.export_hf(
         options.source,

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,22 +16,24 @@ from deepseek_jax.checkpoint.streaming import Index, Leaf
 from deepseek_jax.convert import fp8_blocks, names
 from deepseek_jax.convert.tensorfile import Stored, read_header
 
-# Bytes done, bytes in all, what is being converted.
+# Bytes done, bytes in all, what is at work on them; 0 begins a pass over them.
 Progress = Callable[[int, int, str], None]
 
 PIECE = 32 << 20  # bytes of a piece in f32: what is read, turned and written at once
 
-# Where each balancing strategy keeps the biases that move its selection by s + b.
+# Where each balancing strategy keeps the biases that move its selection by s + b: (),
+# if it has none; None, if its selection has no Hugging Face form.
 BIASES: dict[str, Leaf | None] = {
-    "none": None,
+    "none": (),
     "loss_free": ("balance",),
     "loss_free_proportional": ("balance",),
+    "multiplicative": None,
     "loss_free_frozen": ("balance",),
-    "aux_batch": None,
-    "aux_seq": None,
-    "aux_global": None,
+    "aux_batch": (),
+    "aux_seq": (),
+    "aux_global": (),
     "quantile": ("balance",),
-    "z_loss": None,
+    "z_loss": (),
     "v3": ("balance", "0"),
 }
 
@@ -56,13 +60,10 @@ def usual_dtype(tensor: names.Tensor, dtype: str) -> str:
 
 
 def piece_rows(part: names.Part, columns: tuple[int, ...]) -> int:
-    """Rows of a piece. A part whose rows change places is a single piece."""
-    if part.transform.rows or not columns:
-        return part.rows
-    count = -(-part.rows * columns[0] * 4 // PIECE)
-    if count == 1:
-        return part.rows
-    return -(-part.rows // count // fp8_blocks.ALIGN) * fp8_blocks.ALIGN
+    """Rows of a piece: whole units, and whole blocks of FP8."""
+    count = -(-part.rows * math.prod(columns) * 4 // PIECE)
+    step = math.lcm(fp8_blocks.ALIGN, part.unit)
+    return min(part.rows, -(-part.rows // (count * step)) * step)
 
 
 def pieces(tensor: names.Tensor) -> Iterator[tuple[names.Part, int, int]]:
@@ -98,7 +99,7 @@ class Record:
     config: dict[str, Any]  # config.json
     index: dict[str, Any] | None  # of a sharded checkpoint
     stacked: bool
-    copies: bool  # whether MTP layers repeat the embedding and the head
+    absent: list[str]  # copies of the embedding and the head that MTP layers lack
     dtype: str  # of the embedding
     dtypes: dict[str, str]  # of tensors that `usual_dtype` does not give theirs
 
@@ -123,6 +124,15 @@ def load_scales(step_dir: Path) -> dict[str, Stored]:
     return {name.removesuffix(fp8_blocks.SUFFIX): s for name, s in found.items()}
 
 
+def code_files(config: dict[str, Any]) -> list[str]:
+    """The files beside a config.json that its `auto_map` takes classes from."""
+    named = config.get("auto_map")
+    classes = named.values() if isinstance(named, dict) else ()
+    modules = (str(each).rpartition(".")[0] for each in classes)
+    # Another name is of another repository.
+    return sorted({f"{module}.py" for module in modules if module.isidentifier()})
+
+
 def check_new(path: Path) -> None:
     """Refuses to write where something is.
 
@@ -137,15 +147,18 @@ def check_new(path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `path`, renamed to it when all went well.
 
+    Temporary names are unique: of two conversions to one path, the first to end wins.
+
     Raises:
+      ValueError: `path` has come to be in the meantime.
       DiskFull: the disk was full before that.
     """
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.absolute().with_name(f".{path.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = path.absolute().with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     temporary.mkdir()
     try:
         yield temporary
+        check_new(path)
         temporary.replace(path)
     except Exception as error:
         if not is_disk_full(error):

@@ -1,13 +1,12 @@
 """Hugging Face's `config.json` as a `ModelConfig`, and back.
 
 Field names and defaults are those of DeepSeek's released files and of transformers'
-`DeepseekV2Config` and `DeepseekV3Config` (read in 5.23). Rotary settings stand in
-`rope_scaling` beside `rope_theta` (released) or in `rope_parameters` (transformers 5).
-A field we have no counterpart of is refused unless it has the one value we compute.
+`DeepseekV2Config` and `DeepseekV3Config` (read in 5.23). Every field is either read,
+known to change nothing that is computed, or refused; where config classes differ in
+their defaults, it must be there.
 """
 
-import math
-from collections.abc import Mapping
+import functools
 from typing import Any, NamedTuple
 
 from deepseek_jax.config import (
@@ -15,10 +14,9 @@ from deepseek_jax.config import (
     ModelConfig,
     MoEConfig,
     MTPConfig,
-    RopeConfig,
 )
-
-Fields = Mapping[str, Any]
+from deepseek_jax.convert import rope_json
+from deepseek_jax.convert.fields import Fields, integer, named, number, only, refuse
 
 
 class Family(NamedTuple):
@@ -27,30 +25,39 @@ class Family(NamedTuple):
     architecture: str
     score: str
     group_score: str
+    least: int  # experts of a group
     bias: bool  # e_score_correction_bias
     normalize: tuple[bool, ...]  # what norm_topk_prob may be
     flat: str  # topk_method without groups
     grouped: str  # topk_method with them
+    mtp: bool  # whether anything reads MTP layers
+    whole_heads: bool  # whether the heads must divide the width
 
 
 FAMILIES = {
     "deepseek_v3": Family(
         "DeepseekV3ForCausalLM",
-        "sigmoid",
-        "top2",
-        True,
-        (True, False),
-        "noaux_tc",
-        "noaux_tc",
+        score="sigmoid",
+        group_score="top2",
+        least=2,
+        bias=True,
+        normalize=(True, False),
+        flat="noaux_tc",
+        grouped="noaux_tc",
+        mtp=True,
+        whole_heads=False,
     ),
     "deepseek_v2": Family(
         "DeepseekV2ForCausalLM",
-        "softmax",
-        "max",
-        False,
-        (False,),
-        "greedy",
-        "group_limited_greedy",
+        score="softmax",
+        group_score="max",
+        least=1,
+        bias=False,
+        normalize=(False,),
+        flat="greedy",
+        grouped="group_limited_greedy",
+        mtp=False,
+        whole_heads=True,
     ),
 }
 
@@ -74,6 +81,17 @@ MOE_SIZES = {
     "top_k": "num_experts_per_tok",
     "ffn_dim": "moe_intermediate_size",
 }
+# The rest of what is read. Config classes disagree on what a missing one of NEEDED is.
+MTP = "num_nextn_predict_layers"
+NEEDED = {
+    "model.attention.q_rank": "q_lora_rank",
+    "model.moe.num_shared": "n_shared_experts",
+    "model.moe.num_groups": "n_group",
+    "model.moe.keep_groups": "topk_group",
+    "model.moe.scale": "routed_scaling_factor",
+    "model.moe.normalize": "norm_topk_prob",
+}
+OPTIONAL = (MTP, "num_key_value_heads", "scoring_func", "topk_method", "model_type")
 # Fields with a single value that we compute; absent means that value.
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -85,6 +103,34 @@ FIXED: dict[str, tuple[Any, ...]] = {
     # Transformers' latent norms use 1e-6 whatever this says; ours have one epsilon.
     "rms_norm_eps": (1e-6,),
 }
+# What changes nothing that is computed here: of training, of other programs, derived.
+HARMLESS = (
+    *("initializer_range", "attention_dropout", "aux_loss_alpha", "seq_aux"),
+    *("ep_size", "pretraining_tp", "max_position_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "head_dim", "qk_head_dim"),
+    *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"),
+    *("quantization_config", "use_cache", "return_dict", "_name_or_path"),
+    *("output_attentions", "output_hidden_states", "output_router_logits"),
+    *("id2label", "label2id", "problem_type", "is_encoder_decoder"),
+    "chunk_size_feed_forward",
+)
+
+
+def _theirs() -> dict[str, str]:
+    """What the file calls our fields, with and without their group."""
+    tables = {"": SIZES, "attention.": ATTENTION_SIZES, "moe.": MOE_SIZES}
+    full = {
+        f"model.{group}{ours}": name
+        for group, table in tables.items()
+        for ours, name in table.items()
+    }
+    full |= NEEDED | {"model.mtp.depth": MTP}
+    return full | {ours.rpartition(".")[2]: name for ours, name in full.items()}
+
+
+THEIRS = _theirs()
+KNOWN = {*THEIRS.values(), *OPTIONAL, *FIXED, *HARMLESS}
+KNOWN |= {*rope_json.BLOCKS, rope_json.THETA}
 
 
 class Parsed(NamedTuple):
@@ -94,114 +140,74 @@ class Parsed(NamedTuple):
     family: Family
 
 
-def _refuse(name: str, value: object, right: str) -> None:
-    raise ValueError(f"config.json: {name} = {value!r} is not supported: {right}")
-
-
-def _integer(config: Fields, name: str) -> int:
-    value = config.get(name)
-    if type(value) is not int or value < 0:
-        raise ValueError(f"config.json: {name} = {value!r}: must be an integer >= 0")
-    return value
-
-
-def _sizes(config: Fields, names: Mapping[str, str]) -> dict[str, Any]:
-    return {ours: _integer(config, theirs) for ours, theirs in names.items()}
+def _sizes(config: Fields, names: dict[str, str]) -> dict[str, Any]:
+    return {ours: integer(config, theirs) for ours, theirs in names.items()}
 
 
 def read(config: Fields) -> Parsed:
     """The model that a config.json describes.
 
     Raises:
-      ValueError: a field is missing, or asks for something that this library does not
-        compute; the message names it.
+      ValueError: a field is missing, unknown or impossible, or asks for something that
+        this library does not compute; the message names it.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
-        _refuse("model_type", kind, f"must be one of {', '.join(FAMILIES)}")
-    family = FAMILIES[str(kind)]
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        refuse("model_type", kind, f"must be one of {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    only(config, KNOWN)
     for name, allowed in FIXED.items():
         if name in config and config[name] not in allowed:
-            _refuse(name, config[name], f"must be {allowed[0]!r}")
-    heads = config.get("num_attention_heads")
-    if config.get("num_key_value_heads") not in (None, heads):
-        value = config["num_key_value_heads"]
-        _refuse(
-            "num_key_value_heads", value, f"must equal num_attention_heads = {heads}"
+            refuse(name, config[name], f"must be {allowed[0]!r}")
+    for name in NEEDED.values():
+        if name not in config:
+            raise ValueError(f"config.json: {name} is missing")
+    heads, value = (config.get(f"num_{n}_heads") for n in ("attention", "key_value"))
+    if value not in (None, heads):
+        refuse("num_key_value_heads", value, f"must equal num_attention_heads, {heads}")
+    attention = _sizes(config, ATTENTION_SIZES)
+    attention["q_rank"] = integer(config, "q_lora_rank", 0)
+    attention["rope"] = rope_json.read(config)
+    moe, sizes = _read_moe(config, family), _sizes(config, SIZES)
+    depth = integer(config, MTP, 0)
+    with named(THEIRS):
+        model = ModelConfig(
+            attention=AttentionConfig(**attention),
+            moe=MoEConfig(**moe),
+            mtp=MTPConfig(depth=depth),
+            **sizes,
         )
-    attention = AttentionConfig(
-        q_rank=config.get("q_lora_rank") or 0,
-        rope=_read_rope(config),
-        **_sizes(config, ATTENTION_SIZES),
-    )
-    return Parsed(
-        ModelConfig(
-            attention=attention,
-            moe=_read_moe(config, family),
-            mtp=MTPConfig(depth=config.get("num_nextn_predict_layers") or 0),
-            **_sizes(config, SIZES),
-        ),
-        family,
-    )
+    return Parsed(model, family)
 
 
-def _read_moe(config: Fields, family: Family) -> MoEConfig:
+def _read_moe(config: Fields, family: Family) -> dict[str, Any]:
+    """The fields of a `MoEConfig`."""
     if config.get("scoring_func") not in (None, family.score):
-        _refuse("scoring_func", config["scoring_func"], f"must be {family.score!r}")
-    normalize = bool(config.get("norm_topk_prob", family.normalize[0]))
-    if normalize not in family.normalize:
-        _refuse("norm_topk_prob", normalize, f"must be {family.normalize[0]!r}")
-    method = config.get("topk_method") or family.flat
+        refuse("scoring_func", config["scoring_func"], f"must be {family.score!r}")
+    normalize = config["norm_topk_prob"]
+    if type(normalize) is not bool or normalize not in family.normalize:
+        allowed = " or ".join(map(repr, family.normalize))
+        refuse("norm_topk_prob", normalize, f"must be {allowed}")
+    method = config.get("topk_method")
+    method = family.flat if method is None else method
     if method not in (family.flat, family.grouped):
         allowed = " or ".join(dict.fromkeys((family.flat, family.grouped)))
-        _refuse("topk_method", method, f"must be {allowed}")
-    groups = method == family.grouped and bool(config.get("n_group"))
-    return MoEConfig(
-        num_shared=config.get("n_shared_experts") or 0,
-        num_groups=_integer(config, "n_group") if groups else 1,
-        keep_groups=_integer(config, "topk_group") if groups else 1,
-        score=family.score,
-        group_score=family.group_score,
-        normalize=normalize,
-        scale=float(config.get("routed_scaling_factor", 1.0)),
-        **_sizes(config, MOE_SIZES),
-    )
-
-
-def _read_rope(config: Fields) -> RopeConfig:
-    at = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    rope = dict(config.get(at) or {})
-    theta = rope.get("rope_theta") or config.get("rope_theta") or 10_000.0
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return RopeConfig(theta=float(theta))
-    if kind != "yarn":
-        _refuse(f"{at}.type", kind, "must be 'yarn' or 'default'")
-    for name, allowed in {
-        "attention_factor": (None,),
-        "truncate": (True, None),
-        "partial_rotary_factor": (1.0, None),
-    }.items():
-        if rope.get(name) not in allowed:
-            _refuse(f"{at}.{name}", rope[name], f"must be {allowed[0]!r}")
-    for name in ("factor", "original_max_position_embeddings"):
-        if not rope.get(name):
-            _refuse(f"{at}.{name}", rope.get(name), "must be given")
-    m, all_dim = rope.get("mscale") or 0.0, rope.get("mscale_all_dim") or 0.0
-    if all_dim and not m:
-        _refuse(f"{at}.mscale_all_dim", all_dim, "mscale is missing")
-    if not all_dim and m not in (0, 1):
-        # DeepSeek's own code heeds a lone mscale, transformers does not.
-        _refuse(f"{at}.mscale", m, "mscale_all_dim is missing")
-    return RopeConfig(
-        theta=float(theta),
-        factor=float(rope["factor"]),
-        original_length=int(rope["original_max_position_embeddings"]),
-        beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1),
-        mscale=float(m or 1),
-        mscale_all_dim=float(all_dim),
-    )
+        refuse("topk_method", method, f"must be {allowed}")
+    moe = _sizes(config, MOE_SIZES)
+    groups, keep = 1, 1
+    if method == family.grouped:
+        groups, keep = integer(config, "n_group"), integer(config, "topk_group")
+    if moe["num_experts"] < family.least * groups:
+        refuse("n_group", groups, f"a group must have {family.least} experts or more")
+    return moe | {
+        "num_shared": integer(config, "n_shared_experts", 0),
+        "num_groups": groups,
+        "keep_groups": keep,
+        "score": family.score,
+        "group_score": family.group_score,
+        "normalize": normalize,
+        "scale": number(config, "routed_scaling_factor"),
+    }
 
 
 def family_of(model: ModelConfig, bias: bool) -> str:
@@ -213,50 +219,58 @@ def family_of(model: ModelConfig, bias: bool) -> str:
     Raises:
       ValueError: there is none; names the field that has no counterpart.
     """
-    at, moe = model.attention, model.moe
-
-    def need(ok: bool, name: str, value: object, right: str) -> None:
+    at, moe, mtp = model.attention, model.moe, model.mtp
+    kind = next(k for k, family in FAMILIES.items() if family.score == moe.score)
+    family, eps = FAMILIES[kind], FIXED["rms_norm_eps"][0]
+    score = f"with score {moe.score!r} it must be"
+    grouped = moe.keep_groups < moe.num_groups
+    rows = (
+        ("attention.kind", at.kind == "mla", "only 'mla' has one"),
+        (
+            "moe.group_score",
+            not grouped or moe.group_score == family.group_score,
+            f"{score} {family.group_score!r}",
+        ),
+        (
+            "moe.num_groups",
+            moe.num_experts >= family.least * moe.num_groups,
+            f"there, {family.least} experts or more make a group",
+        ),
+        (
+            "moe.normalize",
+            moe.normalize in family.normalize,
+            f"{score} {family.normalize[0]!r}",
+        ),
+        (
+            "moe.score",
+            family.bias or not bias,
+            "the router has a bias, which only 'sigmoid' has there",
+        ),
+        ("moe.num_shared", moe.num_shared > 0, "there, it is at least 1"),
+        ("norm_eps", model.norm_eps == eps, f"must be {eps}"),
+        (
+            "attention.rope.mscale",
+            at.rope.mscale_all_dim != 0 or at.rope.mscale == 1,
+            "without mscale_all_dim it must be 1",
+        ),
+        (
+            "dim",
+            not family.whole_heads or model.dim % at.num_heads == 0,
+            f"{score} a multiple of attention.num_heads = {at.num_heads}",
+        ),
+        ("mtp.depth", family.mtp or mtp.depth == 0, f"{score} 0"),
+        (
+            "mtp.input_norm",
+            mtp.input_norm or mtp.depth == 0,
+            "there, MTP modules read normed states",
+        ),
+    )
+    for name, ok, right in rows:
         if not ok:
+            value = functools.reduce(getattr, name.split("."), model)
             raise ValueError(
                 f"model.{name} = {value!r} has no Hugging Face form: {right}"
             )
-
-    need(at.kind == "mla", "attention.kind", at.kind, "only 'mla' has one")
-    kind = next(k for k, family in FAMILIES.items() if family.score == moe.score)
-    family = FAMILIES[kind]
-    grouped = moe.keep_groups < moe.num_groups
-    need(
-        not grouped or moe.group_score == family.group_score,
-        "moe.group_score",
-        moe.group_score,
-        f"with score {moe.score!r} it must be {family.group_score!r}",
-    )
-    need(
-        moe.normalize in family.normalize,
-        "moe.normalize",
-        moe.normalize,
-        f"with score {moe.score!r} it must be {family.normalize[0]!r}",
-    )
-    need(
-        family.bias or not bias,
-        "moe.score",
-        moe.score,
-        "the router has a bias, which only 'sigmoid' has there",
-    )
-    eps = FIXED["rms_norm_eps"][0]
-    need(model.norm_eps == eps, "norm_eps", model.norm_eps, f"must be {eps}")
-    need(
-        at.rope.mscale_all_dim != 0 or at.rope.mscale == 1,
-        "attention.rope.mscale",
-        at.rope.mscale,
-        "without mscale_all_dim it must be 1",
-    )
-    need(
-        model.mtp.input_norm or model.mtp.depth == 0,
-        "mtp.input_norm",
-        model.mtp.input_norm,
-        "there, MTP modules read normed states",
-    )
     return kind
 
 
@@ -272,7 +286,7 @@ def write(model: ModelConfig, kind: str) -> dict[str, Any]:
         **{theirs: getattr(moe, ours) for ours, theirs in MOE_SIZES.items()},
         "q_lora_rank": at.q_rank or None,
         "num_key_value_heads": at.num_heads,
-        "n_shared_experts": moe.num_shared or None,
+        "n_shared_experts": moe.num_shared,
         "n_group": moe.num_groups,
         "topk_group": moe.keep_groups,
         "topk_method": family.grouped if grouped else family.flat,
@@ -282,25 +296,9 @@ def write(model: ModelConfig, kind: str) -> dict[str, Any]:
         "num_nextn_predict_layers": model.mtp.depth,
         "initializer_range": model.init_std or model.dim**-0.5,
         "rope_theta": at.rope.theta,
-        "rope_scaling": _write_rope(at.rope),
+        "rope_scaling": rope_json.write(at.rope),
         "max_position_embeddings": int(at.rope.original_length * at.rope.factor),
         "use_cache": True,
         **{name: allowed[0] for name, allowed in FIXED.items() if name != "mlp_bias"},
     }
     return config
-
-
-def _write_rope(rope: RopeConfig) -> dict[str, Any] | None:
-    if rope.factor == 1:
-        return None
-    whole = math.floor(rope.factor) == rope.factor
-    scaling = {
-        "type": "yarn",
-        "factor": int(rope.factor) if whole else rope.factor,
-        "original_max_position_embeddings": rope.original_length,
-        "beta_fast": rope.beta_fast,
-        "beta_slow": rope.beta_slow,
-    }
-    if rope.mscale_all_dim:
-        scaling |= {"mscale": rope.mscale, "mscale_all_dim": rope.mscale_all_dim}
-    return scaling

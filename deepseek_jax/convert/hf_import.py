@@ -8,6 +8,7 @@ and the headers of the files before the first byte is written.
 import dataclasses
 import difflib
 import shutil
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,8 @@ from deepseek_jax.convert.tensorfile import DTYPES, Plan, Stored, TensorFile
 WEIGHTS = ("BF16", "F32", "F16")
 FP8 = "F8_E4M3"
 SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
+BIASED = "loss_free"  # what a router with biases is balanced by
+CHECKSUMS = "checksums of what was written"
 STEP = 0  # a converted checkpoint has no training step behind it
 
 
@@ -80,7 +83,7 @@ def import_hf(
     plan = inspect(source, say)
     config = Config(
         model=plan.model,
-        balance=BalanceConfig(strategy="loss_free" if plan.bias else "none"),
+        balance=BalanceConfig(strategy=BIASED if plan.bias else "none"),
         optim=OptimConfig(horizon=1),
     )
     with common.new_folder(target) as folder:
@@ -89,6 +92,8 @@ def import_hf(
         with Writer(step_dir, _state(plan), _describe(config)) as writer:
             _write_record(plan, step_dir)
             _write_arrays(plan, writer, progress)
+            progress(0, plan.size, CHECKSUMS)
+        progress(plan.size, plan.size, CHECKSUMS)
         _copy_tokenizer(source, folder)
     return config
 
@@ -127,26 +132,32 @@ def _with_mtp_found(folder: Folder, model: ModelConfig, say: Say) -> ModelConfig
 
 
 def _check_names(plan: Import) -> None:
-    known = {tensor.name for tensor in plan.tensors}
     there = plan.folder.tensors
-    for tensor in plan.tensors:
-        if tensor.name not in there:
-            raise ValueError(
-                f"{plan.folder.root}: {tensor.name} is missing; it should have the "
-                f"shape {list(tensor.shape)}"
-            )
-    for name, stored in there.items():
-        weight = name.removesuffix(fp8_blocks.SUFFIX)
-        scale = weight in known and there[weight].dtype == FP8
-        if name in known or (scale and name != weight):
-            continue
-        if not name.endswith(names.IGNORED):
-            near = difflib.get_close_matches(name, known - there.keys(), 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            beyond = names.mtp_prefix(plan.model, 0)
-            if name.startswith(beyond) and not plan.model.mtp.depth:
-                hint = "; config.json has num_nextn_predict_layers = 0"
-            raise ValueError(f"{stored.file}: unknown tensor {name}{hint}")
+    known = {tensor.name: tensor for tensor in plan.tensors}
+    missing = {n: tensor for n, tensor in known.items() if n not in there}
+    unknown = [name for name in there if not _is_known(plan, name, known)]
+    if unknown:
+        name = unknown[0]
+        near = difflib.get_close_matches(name, missing, 1)
+        hint = f"; did you mean {near[0]}, which is missing?" if near else ""
+        beyond = names.mtp_prefix(plan.model, 0)
+        if name.startswith(beyond) and not plan.model.mtp.depth:
+            depth = plan.folder.config.get(config_json.MTP)
+            hint = f"; config.json has {config_json.MTP} = {depth}"
+        if hint or not missing:
+            raise ValueError(f"{there[name].file}: unknown tensor {name}{hint}")
+    for name, tensor in missing.items():
+        raise ValueError(
+            f"{plan.folder.root}: {name} is missing; it should have the shape "
+            f"{list(tensor.shape)}"
+        )
+
+
+def _is_known(plan: Import, name: str, known: Container[str]) -> bool:
+    weight = name.removesuffix(fp8_blocks.SUFFIX)
+    stored = plan.folder.tensors.get(weight)
+    scale = weight in known and (stored is None or stored.dtype == FP8)
+    return name in known or scale or name.endswith(names.IGNORED)
 
 
 def _check_tensor(plan: Import, tensor: names.Tensor) -> None:
@@ -216,6 +227,8 @@ def _describe(config: Config) -> metadata.Description:
 
 def _write_arrays(plan: Import, writer: Writer, progress: common.Progress) -> None:
     total, done = sum(plan.stored(t).size for t in plan.tensors), 0
+    bias = common.BIASES[BIASED]
+    assert bias
     mains = {tensor.parts[0].leaf: tensor for tensor in plan.tensors if not tensor.copy}
     for tensor in plan.tensors:
         for part, start, stop in common.pieces(tensor):
@@ -224,7 +237,7 @@ def _write_arrays(plan: Import, writer: Writer, progress: common.Progress) -> No
                 main = mains[part.leaf]
                 _check_copy(plan, tensor, main, rows, (start, stop))
             else:
-                leaf = ("balance",) if part.leaf == names.BIAS else part.leaf
+                leaf = bias if part.leaf == names.BIAS else part.leaf
                 rows = rows.astype(plan.specs[part.leaf].dtype, copy=False)
                 value = names.to_ours(rows, part.transform, plan.model)
                 writer.write(leaf, common.place(part, start, stop), value)
@@ -264,11 +277,13 @@ def _write_record(plan: Import, step_dir: Path) -> None:
     base = plan.folder.tensors["model.embed_tokens.weight"].dtype
     usual = {t.name: (common.usual_dtype(t, base), FP8) for t in plan.tensors}
     dtypes = {t.name: plan.stored(t).dtype for t in plan.tensors}
+    there = plan.folder.tensors.keys()
+    copies = [t.name for t in names.tensors(plan.model, bias=plan.bias) if t.copy]
     common.Record(
         config=plan.folder.config,
         index=plan.folder.shards,
         stacked=plan.stacked,
-        copies=any(tensor.copy for tensor in plan.tensors),
+        absent=[name for name in copies if name not in there],
         dtype=base,
         dtypes={n: d for n, d in dtypes.items() if d not in usual[n]},
     ).save(step_dir)
@@ -278,8 +293,9 @@ def _write_record(plan: Import, step_dir: Path) -> None:
         with TensorFile(folder / common.SCALES, plans) as file:
             for scale in scales:
                 file.write(scale.name, 0, scale.rows(0, scale.shape[0]))
-    if (plan.folder.root / common.GENERATION).is_file():
-        shutil.copy(plan.folder.root / common.GENERATION, folder)
+    for name in (common.GENERATION, *common.code_files(plan.folder.config)):
+        if (plan.folder.root / name).is_file():
+            shutil.copy(plan.folder.root / name, folder)
 
 
 def _copy_tokenizer(source: Path, workdir: Path) -> None:

@@ -15,13 +15,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from deepseek_jax.checkpoint.streaming import Leaf
 from deepseek_jax.config import ModelConfig
 
-Leaf = tuple[str, ...]  # keys from the root of the checkpoint's state
 Sizes = dict[str, int]
 
 BIAS: Leaf = ("bias",)  # stands for wherever the balancer keeps its biases
-NORM, MATRIX, HEADS, LATENT, HALVES = "norm", "matrix", "heads", "latent", "halves"
+AS_IS, MATRIX, HEADS, LATENT = "as is", "matrix", "heads", "latent"
+SWAPPED = "swapped"
 
 
 class Row(NamedTuple):
@@ -40,15 +41,15 @@ class Row(NamedTuple):
 
 
 MODEL = (
-    Row("model.embed_tokens.weight", "embed", "V D", NORM),
-    Row("model.norm.weight", "norm/scale", "D", NORM),
+    Row("model.embed_tokens.weight", "embed", "V D", AS_IS),
+    Row("model.norm.weight", "norm/scale", "D", AS_IS),
     Row("lm_head.weight", "head", "V D"),
 )
 LAYER = (
-    Row("input_layernorm.weight", "attn_norm/scale", "D", NORM),
+    Row("input_layernorm.weight", "attn_norm/scale", "D", AS_IS),
     Row("self_attn.q_proj.weight", "attn/q_b/kernel", "HX P", HEADS, fp8=True),
     Row("self_attn.q_a_proj.weight", "attn/q_a/kernel", "Q D", fp8=True),
-    Row("self_attn.q_a_layernorm.weight", "attn/q_norm/scale", "Q", NORM),
+    Row("self_attn.q_a_layernorm.weight", "attn/q_norm/scale", "Q", AS_IS),
     Row("self_attn.q_b_proj.weight", "attn/q_b/kernel", "HX Q", HEADS, fp8=True),
     Row(
         "self_attn.kv_a_proj_with_mqa.weight",
@@ -57,10 +58,10 @@ LAYER = (
         LATENT,
         fp8=True,
     ),
-    Row("self_attn.kv_a_layernorm.weight", "attn/kv_norm/scale", "C", NORM),
+    Row("self_attn.kv_a_layernorm.weight", "attn/kv_norm/scale", "C", AS_IS),
     Row("self_attn.kv_b_proj.weight", "attn/kv_b/kernel", "HNO C", fp8=True),
     Row("self_attn.o_proj.weight", "attn/o/kernel", "D HO", fp8=True),
-    Row("post_attention_layernorm.weight", "ffn_norm/scale", "D", NORM),
+    Row("post_attention_layernorm.weight", "ffn_norm/scale", "D", AS_IS),
 )
 DENSE = (
     Row("mlp.gate_proj.weight", "ffn/gate/kernel", "I D", fp8=True),
@@ -69,7 +70,7 @@ DENSE = (
 )
 MOE = (
     Row("mlp.gate.weight", "moe/router", "E D"),
-    Row("mlp.gate.e_score_correction_bias", "bias", "B", NORM),
+    Row("mlp.gate.e_score_correction_bias", "bias", "B", AS_IS),
     Row(
         "mlp.shared_experts.gate_proj.weight", "moe/shared/gate/kernel", "S D", fp8=True
     ),
@@ -89,13 +90,13 @@ STACKED = (
     Row("mlp.experts.down_proj", "moe/down", "E D F"),
 )
 MTP = (
-    Row("enorm.weight", "embed_norm/scale", "D", NORM),
-    Row("hnorm.weight", "hidden_norm/scale", "D", NORM),
-    Row("eh_proj.weight", "combine/kernel", "D DD", HALVES),
-    Row("shared_head.norm.weight", "norm/scale", "D", NORM),
+    Row("enorm.weight", "embed_norm/scale", "D", AS_IS),
+    Row("hnorm.weight", "hidden_norm/scale", "D", AS_IS),
+    Row("eh_proj.weight", "combine/kernel", "D DD", SWAPPED),
+    Row("shared_head.norm.weight", "norm/scale", "D", AS_IS),
 )
 MTP_COPIES = (
-    Row("embed_tokens.weight", "embed", "V D", NORM, copy=True),
+    Row("embed_tokens.weight", "embed", "V D", AS_IS, copy=True),
     Row("shared_head.head.weight", "head", "V D", copy=True),
 )
 # Buffers of old files that can be computed.
@@ -152,26 +153,34 @@ def swapped_columns(model: ModelConfig) -> np.ndarray:
 
 
 class Transform(NamedTuple):
-    """A reordering of rows and columns, then a transposition; exactly invertible."""
+    """A reordering of rows and columns, then a transposition; exactly invertible.
+
+    Rows stay within a unit; the same order holds for each unit.
+    """
 
     rows: Callable[[ModelConfig], np.ndarray] | None = None
+    unit: Callable[[ModelConfig], int] = lambda model: 1
     columns: Callable[[ModelConfig], np.ndarray] | None = None
     transpose: bool = True
 
 
 TRANSFORMS = {
-    NORM: Transform(transpose=False),
+    AS_IS: Transform(transpose=False),
     MATRIX: Transform(),
-    HEADS: Transform(rows=rows_of_heads),
-    LATENT: Transform(rows=rows_of_latent),
-    HALVES: Transform(columns=swapped_columns),
+    HEADS: Transform(
+        rows_of_heads, lambda m: m.attention.nope_dim + m.attention.rope_dim
+    ),
+    LATENT: Transform(
+        rows_of_latent, lambda m: m.attention.kv_rank + m.attention.rope_dim
+    ),
+    SWAPPED: Transform(columns=swapped_columns),
 }
 
 
 def to_ours(x: np.ndarray, transform: Transform, model: ModelConfig) -> np.ndarray:
-    """Whole rows of a file's tensor, as ours; without a row order, any of its rows."""
+    """Rows of a file's tensor, whole units of them, as ours."""
     if transform.rows:
-        x = x[transform.rows(model)]
+        x = x[transform.rows(model)[: len(x)]]
     if transform.columns:
         x = x[:, transform.columns(model)]
     return x.T if transform.transpose else x
@@ -183,7 +192,7 @@ def to_file(x: np.ndarray, transform: Transform, model: ModelConfig) -> np.ndarr
     if transform.columns:
         x = x[:, np.argsort(transform.columns(model))]
     if transform.rows:
-        x = x[np.argsort(transform.rows(model))]
+        x = x[np.argsort(transform.rows(model)[: len(x)])]
     return np.ascontiguousarray(x)
 
 
@@ -197,6 +206,7 @@ class Part(NamedTuple):
     leaf: Leaf
     outer: tuple[int, ...]  # into the leading axes of the array: layer, expert
     transform: Transform
+    unit: int  # rows that are converted together
 
 
 class Tensor(NamedTuple):
@@ -279,7 +289,7 @@ def _expand(
         rows = int(np.prod(shape[:-1])) if len(shape) > 1 else shape[0]
         each = rows // len(slots)
         parts = tuple(
-            Part(n * each, each, leaf, at, transform)
+            Part(n * each, each, leaf, at, transform, transform.unit(model))
             for n, (leaf, at) in enumerate(slots)
         )
         return Tensor(scope.prefix + name, shape, row.fp8, row.copy, parts)

@@ -7,10 +7,11 @@ and every complaint names the file and the tensor.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -68,14 +69,9 @@ class Stored(NamedTuple):
             raise ValueError(f"{self.file} ends in the middle of {self.name}")
         return np.frombuffer(raw, DTYPES[self.dtype]).reshape(stop - start, *columns)
 
-    def whole(self) -> np.ndarray:
-        """The tensor in its shape."""
-        rows = int(np.prod(self.shape[:-1])) if len(self.shape) > 1 else self.shape[0]
-        return self.rows(0, rows).reshape(self.shape)
-
 
 def _size(dtype: str, shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
+    return math.prod(shape) * DTYPES[dtype].itemsize
 
 
 def read_header(file: Path) -> dict[str, Stored]:
@@ -95,41 +91,50 @@ def read_header(file: Path) -> dict[str, Stored]:
         raw = stream.read(length)
     try:
         header = json.loads(raw)
-        assert isinstance(header, dict)
-    except (UnicodeDecodeError, json.JSONDecodeError, AssertionError):
-        raise ValueError(f"{file} is no safetensors file: bad header") from None
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        header = None
+    if not isinstance(header, dict):
+        raise ValueError(f"{file} is no safetensors file: bad header")
     header.pop(METADATA, None)
     found = {
         name: _entry(file, name, entry, 8 + length) for name, entry in header.items()
     }
-    end = max((s.start + s.size for s in found.values()), default=8 + length)
+    end, last = 8 + length, None
+    for stored in sorted(found.values(), key=lambda s: (s.start, s.size)):
+        if stored.start != end:
+            raise ValueError(
+                f"{file}: {stored.name} begins at byte {stored.start} instead of "
+                f"{end}: tensors must neither overlap nor leave gaps"
+            )
+        end, last = end + stored.size, stored.name
     if end != total:
-        last = max(found.values(), key=lambda s: s.start, default=None)
         raise ValueError(
             f"{file} has {total} bytes instead of the {end} that its header promises"
-            + (f": {last.name} is cut off" if last and end > total else "")
+            + (f": {last} is cut off" if last and end > total else "")
         )
     return found
 
 
+def _integers(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(number) is int for number in value)
+
+
 def _entry(file: Path, name: str, entry: object, base: int) -> Stored:
-    try:
-        assert isinstance(entry, dict)
-        shape = tuple(int(size) for size in entry["shape"])
-        start, end = (int(offset) for offset in entry["data_offsets"])
-        dtype = str(entry["dtype"])
-    except (AssertionError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{file}: the header's entry of {name} is damaged") from None
-    if dtype not in DTYPES:
+    known = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (known.get(n) for n in ("dtype", "shape", "data_offsets"))
+    if not (_integers(shape) and _integers(offsets) and len(offsets) == 2):
+        raise ValueError(f"{file}: the header's entry of {name} is damaged")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(
             f"{file}: {name} has dtype {dtype}; known are {', '.join(DTYPES)}"
         )
-    if min(shape, default=0) < 0 or start < 0 or end - start != _size(dtype, shape):
+    (start, end), size = offsets, _size(dtype, tuple(shape))
+    if min(shape, default=0) < 0 or start < 0 or end - start != size:
         raise ValueError(
             f"{file}: {name} has {end - start} bytes, its dtype {dtype} and shape "
-            f"{list(shape)} need {_size(dtype, shape)}"
+            f"{shape} need {size}"
         )
-    return Stored(file, name, dtype, shape, base + start)
+    return Stored(file, name, dtype, tuple(shape), base + start)
 
 
 class Plan(NamedTuple):

@@ -3,9 +3,9 @@
 Activations go by tiles of 1 x 128 (a token, 128 channels), weights by blocks of 128 x
 128. A scale is the largest magnitude over 448, the format's largest number, computed
 from the values at hand; the magnitude counts as at least 1e-4, as in DeepSeek's
-released kernel, so that zeros have a scale. `power_of_two` rounds scales up to powers
-of two (their `ue8m0` format). A number is its code *times* its scale. Blocks that stick
-out over an edge are filled with zeros, which changes nothing.
+released kernel, or as `least`, so that zeros have a scale. `power_of_two` rounds scales
+up to powers of two (their `ue8m0` format). A number is its code *times* its scale.
+Blocks that stick out over an edge are filled with zeros, which changes nothing.
 """
 
 import jax
@@ -17,11 +17,12 @@ Block = tuple[int, int]
 
 E4M3_MAX = 448.0
 MIN_AMAX = 1e-4
+TINY_AMAX = E4M3_MAX * 2.0**-126  # the least whose scale is a normal float32
 TILE: Block = (1, 128)
 BLOCK: Block = (128, 128)
 
 
-def _blocks(x: Array, block: Block) -> Array:
+def blocks(x: Array, block: Block) -> Array:
     """x [..., M, N] as [..., M/m, m, N/n, n], zeros beyond its edges."""
     *outer, rows, columns = x.shape
     m, n = block
@@ -54,15 +55,22 @@ def power_of_two_above(x: Array) -> Array:
     return jnp.ldexp(jnp.ones_like(x), exponent - (mantissa == 0.5))
 
 
-def scales(x: Array, block: Block, power_of_two: bool = False) -> Array:
+def scales(
+    x: Array, block: Block, power_of_two: bool = False, least: float = MIN_AMAX
+) -> Array:
     """The scale of each block of x [..., M, N]: f32 [..., ceil(M/m), ceil(N/n)].
 
     Not finite where a number of the block is not.
+
+    Args:
+      least: what a block's largest magnitude counts as at least, TINY_AMAX or more. A
+        block of zeros counts as MIN_AMAX in any case.
     """
-    amax = _amax(_blocks(x, block)).astype(jnp.float32)
+    amax = _amax(blocks(x, block)).astype(jnp.float32)
     # No constant: XLA would multiply by its rounded reciprocal, often 1 ulp off.
     largest = E4M3_MAX + 0 * amax
-    scale = jnp.maximum(amax, MIN_AMAX) / largest
+    amax = jnp.where(amax == 0, MIN_AMAX, jnp.maximum(amax, least))
+    scale = amax / largest
     return power_of_two_above(scale) if power_of_two else scale
 
 

@@ -102,6 +102,9 @@ V2_LITE = {
 }
 
 
+V2_MOE = MoEConfig(score="softmax", group_score="max", normalize=False)
+
+
 def test_released_configs_are_the_presets():
     assert config_json.read(V3_RELEASED).model == presets.v3_671b()
     assert config_json.read(V2_LITE).model == presets.v2_lite_16b()
@@ -156,7 +159,39 @@ def change(config, **fields):
         (change(V3_RELEASED, scoring_func="softmax"), "scoring_func = 'softmax'"),
         (change(V3_RELEASED, topk_method="greedy"), "topk_method = 'greedy'"),
         (change(V2_LITE, norm_topk_prob=True), "norm_topk_prob = True"),
-        (change(V3_RELEASED, num_nextn_predict_layers=5), "mtp.depth = 5"),
+        (change(V3_RELEASED, num_nextn_predict_layers=5), "nextn_predict_layers = 5"),
+        (change(V3_RELEASED, num_nextn_predict_layers="1"), "layers = '1'"),
+        (change(V3_RELEASED, num_nextn_predict_layers=1.0), "layers = 1.0: .* integer"),
+        (change(V3_RELEASED, q_lora_rank="1"), "q_lora_rank = '1'"),
+        (change(V3_RELEASED, n_shared_experts="1"), "n_shared_experts = '1'"),
+        (change(V3_RELEASED, routed_scaling_factor=None), "scaling_factor = None"),
+        (change(V3_RELEASED, routed_scaling_factor=True), "scaling_factor = True"),
+        (change(V3_RELEASED, norm_topk_prob=1), "norm_topk_prob = 1 "),
+        (change(V3_RELEASED, model_type=["deepseek_v3"]), r"model_type = \['deepseek"),
+        (change(V3_RELEASED, rope_theta="x"), "rope_theta = 'x'"),
+        (change(V3_RELEASED, rope_theta=0), "rope_theta = 0.0: must be positive"),
+        (change(V3_RELEASED, rope_scaling="yarn"), "rope_scaling = 'yarn'"),
+        (
+            change(V3_RELEASED, n_group=7),
+            "json: n_group = 7: must divide n_routed_experts = 256",
+        ),
+        (change(V3_RELEASED, n_group=None), "n_group = None"),
+        (change(V3_RELEASED, n_group=256), "n_group = 256 .* 2 experts or more"),
+        (
+            change(V3_RELEASED, topk_group=9),
+            "topk_group = 9: must be at most n_group = 8",
+        ),
+        (
+            change(V2_LITE, topk_method="group_limited_greedy", n_group=None),
+            "n_group = None",
+        ),
+        (change(V3_RELEASED, index_topk=2048), "index_topk = 2048 is not supported"),
+        (change(V3_RELEASED, sliding_window=128), "sliding_window = 128"),
+        (change(V3_RELEASED, swiglu_limit=7.0), "swiglu_limit = 7.0"),
+        (
+            change(V3_RELEASED, hiden_size=7168),
+            "hiden_size = 7168 .*; did you mean 'hidden_size'",
+        ),
         (change(V3_RELEASED, hidden_size="wide"), "hidden_size = 'wide'"),
         (
             {n: v for n, v in V3_RELEASED.items() if n != "kv_lora_rank"},
@@ -171,6 +206,77 @@ def change(config, **fields):
 def test_what_we_do_not_compute_is_refused_by_name(config, message):
     with pytest.raises(ValueError, match=message):
         config_json.read(config)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "q_lora_rank",
+        "n_shared_experts",
+        "n_group",
+        "topk_group",
+        "routed_scaling_factor",
+        "norm_topk_prob",
+    ],
+)
+def test_what_config_classes_have_other_defaults_for_must_be_there(name):
+    config = {n: v for n, v in V3_RELEASED.items() if n != name}
+    with pytest.raises(ValueError, match=f"config.json: {name} is missing"):
+        config_json.read(config)
+
+
+def test_fields_of_training_and_of_other_programs_change_nothing():
+    harmless = dict.fromkeys(config_json.HARMLESS, "whatever")
+    off = {"sliding_window": None, "index_topk": None}
+    assert config_json.read(V3_RELEASED | harmless | off).model == presets.v3_671b()
+
+
+YARN = V3_RELEASED["rope_scaling"]
+UNTYPED = {n: v for n, v in YARN.items() if n != "type"}
+MODERN = UNTYPED | {"rope_type": "yarn", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_scaling": UNTYPED}, r"rope_scaling\.rope_type = None .*'yarn'"),
+        (
+            {"rope_scaling": UNTYPED | {"type": "default"}},
+            r"rope_scaling\.type = 'default' .* with factor it must be 'yarn'",
+        ),
+        (
+            {"rope_scaling": YARN | {"rope_type": "default"}},
+            r"rope_scaling\.type = 'yarn' .* rope_type is 'default'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+            "rope_scaling and rope_parameters contradict each other",
+        ),
+        (
+            {"rope_parameters": MODERN | {"beta_slow": 2}},
+            "rope_scaling and rope_parameters contradict each other",
+        ),
+        (
+            {"rope_parameters": MODERN | {"rope_theta": 5e5}},
+            r"rope_theta = 10000.0, rope_parameters.rope_theta = 500000.0 contradict",
+        ),
+        (
+            {"rope_scaling": YARN | {"long_factor": [1.0]}},
+            r"rope_scaling\.long_factor = \[1.0\]",
+        ),
+        ({"rope_scaling": YARN | {"factor": 0.5}}, r"rope_scaling\.factor = 0.5: must"),
+        ({"rope_scaling": YARN | {"factor": "40"}}, r"rope_scaling\.factor = '40'"),
+        ({"rope_scaling": YARN | {"beta_fast": [32]}}, r"rope_scaling\.beta_fast"),
+    ],
+)
+def test_contradictory_rotary_settings_are_refused_by_name(fields, message):
+    with pytest.raises(ValueError, match=f"config.json: {message}"):
+        config_json.read(V3_RELEASED | fields)
+
+
+def test_two_rotary_blocks_may_say_the_same():
+    both = V3_RELEASED | {"rope_parameters": MODERN}
+    assert config_json.read(both).model == presets.v3_671b()
 
 
 @pytest.mark.parametrize(
@@ -218,6 +324,22 @@ def test_yarn_without_mscales_leaves_the_softmax_alone():
             {"moe": MoEConfig(score="softmax", group_score="max", normalize=False)},
             True,
             r"moe\.score = 'softmax'",
+        ),
+        (
+            {"moe": dataclasses.replace(SMALL.moe, num_shared=0)},
+            True,
+            r"moe\.num_shared = 0 .* at least 1",
+        ),
+        (
+            {"moe": MoEConfig(num_groups=256, keep_groups=256, group_score="max")},
+            True,
+            r"moe\.num_groups = 256 .* 2 experts or more",
+        ),
+        ({"moe": V2_MOE, "mtp": MTPConfig(1)}, False, r"mtp\.depth = 1 .* 0"),
+        (
+            {"moe": V2_MOE, "mtp": MTPConfig(0), "dim": 15},
+            False,
+            r"model\.dim = 15 .* a multiple of attention\.num_heads = 2",
         ),
         ({"norm_eps": 1e-5}, True, r"norm_eps = 1e-05"),
         ({"mtp": MTPConfig(1, input_norm=False)}, True, r"mtp\.input_norm = False"),

@@ -1,6 +1,7 @@
 """Runs that were trained here as Hugging Face checkpoints, and what cannot be one."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import deepseek_jax
-from deepseek_jax.checkpoint import manager, metadata
+from deepseek_jax.checkpoint import folders, manager, metadata
 from deepseek_jax.checkpoint.manager import DiskFull
 from deepseek_jax.config import STRATEGIES, BalanceConfig, MTPConfig
 from deepseek_jax.convert import common
@@ -85,7 +86,10 @@ def test_fp8_quantises_what_a_release_does(tmp_path):
     assert written["quantization_config"] == config["quantization_config"]
 
 
-@pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - {"multiplicative"}))
+EXPORTED = sorted(name for name, leaf in common.BIASES.items() if leaf is not None)
+
+
+@pytest.mark.parametrize("strategy", EXPORTED)
 def test_the_biases_of_every_strategy_are_found(tmp_path, strategy):
     config, state = trained(tmp_path / "run", strategy=strategy)
     export_hf(tmp_path / "run", tmp_path / "hf", dtype="f32")
@@ -99,7 +103,8 @@ def test_the_biases_of_every_strategy_are_found(tmp_path, strategy):
 
 
 def test_the_table_of_biases_names_every_strategy():
-    assert common.BIASES.keys() | {"multiplicative"} == set(STRATEGIES)
+    assert common.BIASES.keys() == set(STRATEGIES)
+    assert set(STRATEGIES) - set(EXPORTED) == {"multiplicative"}
 
 
 def test_a_softmax_router_becomes_a_v2(tmp_path):
@@ -152,24 +157,50 @@ def test_a_workdir_its_checkpoints_or_a_step_will_do(run, tmp_path, part):
     assert (tmp_path / "hf" / "model.safetensors").is_file()
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("leaf", "dtype", "value", "why"),
+    [
+        ("attn/o/kernel", "bf16", np.nan, "not finite"),
+        ("attn/o/kernel", "fp8", np.nan, "not finite"),
+        ("attn/o/kernel", "fp8", -3.4e38, "too large for BF16"),
+        ("attn_norm/scale", "f32", np.inf, "not finite"),
+        ("moe/router", "fp8", np.nan, "not finite"),
+        ("moe/router", "bf16", 3.4e38, "too large for BF16"),
+    ],
+)
+def test_weights_that_are_not_finite_are_refused(tmp_path, leaf, dtype, value, why):
     config, state = trained(tmp_path / "run")
-    state.params["moe"]["attn"]["o"]["kernel"] *= jnp.nan
+    *path, last = leaf.split("/")
+    node = functools.reduce(dict.__getitem__, path, state.params["moe"])
+    node[last] = node[last].at[-1, ..., -1].set(value)
     about = metadata.describe(config, "corpus", ("text",), "tokenizer")
     with manager.Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         checkpoints.save(8, state, {}, about)
-    name = r"model.layers.1.self_attn.o_proj.weight holds values that are not finite"
+    name = rf"model.layers.2\.\S+ holds values that are {why}"
     with pytest.raises(ValueError, match=name):
-        export_hf(tmp_path / "run", tmp_path / "hf", dtype="fp8")
+        export_hf(tmp_path / "run", tmp_path / "hf", dtype=dtype)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_number_that_only_f32_holds_may_stay_f32(tmp_path):
+    config, state = trained(tmp_path / "run")
+    state.params["head"] = state.params["head"].at[0, 0].set(3.4e38)
+    about = metadata.describe(config, "corpus", ("text",), "tokenizer")
+    with manager.Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        checkpoints.save(8, state, {}, about)
+    export_hf(tmp_path / "run", tmp_path / "hf", dtype="f32")
+    assert released.read(tmp_path / "hf")["lm_head.weight"][0, 0] == np.float32(3.4e38)
 
 
 def test_bad_requests_are_refused(run, tmp_path, monkeypatch):
     target = tmp_path / "hf"
     with pytest.raises(ValueError, match="dtype = 'int4': must be bf16, fp8, f32"):
         export_hf(run, target, dtype="int4")
-    with pytest.raises(ValueError, match="stacked form have no FP8"):
+    with pytest.raises(ValueError, match=r"no FP8 form; .*--no-stacked"):
         export_hf(run, target, dtype="fp8", stacked=True)
+    for dtype in ("bf16", "f32"):
+        with pytest.raises(ValueError, match=f"dtype = '{dtype}': must be 'fp8' .*ue8"):
+            export_hf(run, target, dtype=dtype, ue8m0=True)
     with pytest.raises(ValueError, match="holds no checkpoint"):
         export_hf(tmp_path, target)
     with pytest.raises(ValueError, match="run exists already"):
@@ -186,10 +217,36 @@ def test_a_damaged_checkpoint_is_refused(run, tmp_path):
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 2] ^= 1
     file.write_bytes(raw)
-    with pytest.raises(ValueError, match="none is whole"):
+    with pytest.raises(ValueError, match=r"step 7: state/\S+ has changed"):
         export_hf(run, tmp_path / "hf")
-    with pytest.raises(ValueError, match=r"step 7 is damaged: state/\S+ has changed"):
+    with pytest.raises(ValueError, match=r"/7 is damaged: state/\S+ has changed"):
         export_hf(run / "checkpoints/7", tmp_path / "hf")
+
+
+def test_every_byte_is_checked_once_and_the_bar_says_so(run, tmp_path, monkeypatch):
+    read, seen = [], []
+
+    def digest(file):
+        read.append(file)
+        return real(file)
+
+    real = folders._digest
+    monkeypatch.setattr(folders, "_digest", digest)
+    export_hf(run, tmp_path / "hf", progress=lambda *now: seen.append(now))
+    assert read and len(set(read)) == len(read)
+    size = sum(f.stat().st_size for f in (run / "checkpoints/7").rglob("*.*"))
+    (begun, total, what), (done, again, _) = seen[:2]
+    assert (begun, done, again) == (0, total, total) and total >= size
+    assert "checking" in what and what.endswith("checkpoints/7")
+
+
+def test_a_damaged_step_is_passed_over_aloud(run, tmp_path):
+    shutil.copytree(run / "checkpoints/7", run / "checkpoints/8")
+    (run / "checkpoints/8/config/metadata").unlink()
+    said = []
+    export_hf(run, tmp_path / "hf", say=said.append)
+    [text] = said
+    assert "checkpoints/8 is damaged: config/metadata is missing" in text
 
 
 def test_a_config_that_does_not_fit_the_arrays_is_refused(tmp_path):
@@ -203,12 +260,25 @@ def test_a_config_that_does_not_fit_the_arrays_is_refused(tmp_path):
         export_hf(tmp_path / "run", tmp_path / "hf")
 
 
-def test_a_tokenizer_of_hugging_face_s_form_goes_along(run, tmp_path):
-    (run / "tokenizer").mkdir()
-    about = run / "tokenizer" / "tokenizer.json"
-    about.write_text('{"kind": "bytes"}')
-    export_hf(run, tmp_path / "without")
-    assert not (tmp_path / "without" / "tokenizer.json").exists()
-    about.write_text('{"model": {"type": "BPE"}}')
-    export_hf(run, tmp_path / "with")
-    assert (tmp_path / "with" / "tokenizer.json").read_text() == about.read_text()
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ('{"kind": "bytes"}', False),
+        ('{"model": {"type": "BPE"}}', True),
+        ("what nothing here can read", True),
+        (None, True),
+    ],
+)
+def test_a_tokenizer_goes_along_unless_only_we_can_read_it(run, tmp_path, text, kept):
+    folder, said = run / "tokenizer", []
+    folder.mkdir()
+    (folder / "tokenizer_config.json").write_text("{}")
+    if text:
+        (folder / "tokenizer.json").write_text(text)
+    export_hf(run, tmp_path / "hf", say=said.append)
+    files = {"tokenizer_config.json", *(["tokenizer.json"] if text else [])}
+    there = {file.name for file in (tmp_path / "hf").glob("tokenizer*")}
+    assert there == (files if kept else set())
+    assert said == (
+        [] if kept else [f"{folder} is not in Hugging Face's form: it is left out"]
+    )

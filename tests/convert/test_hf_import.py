@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import deepseek_jax
 from deepseek_jax.checkpoint import folders
 from deepseek_jax.checkpoint.manager import DiskFull
-from deepseek_jax.convert import hf_import
+from deepseek_jax.checkpoint.streaming import leaves
+from deepseek_jax.convert import hf_import, names
 from deepseek_jax.convert.hf_import import import_hf
 from deepseek_jax.train.state import TrainState, assemble
 from deepseek_jax.train.step import make_step
@@ -119,12 +121,16 @@ MISFITS = {
     "missing bias": (removed(BIAS), f"{BIAS} is missing"),
     "unknown tensor": (
         lambda config, tensors: tensors.update(
-            {"model.layers.1.mlp.experts.8.up_proj.weight": tensors[EXPERT]}
+            {"model.layers.1.mlp.experts.16.up_proj.weight": tensors[EXPERT]}
         ),
-        r"model.safetensors: unknown tensor model.layers.1.mlp.experts.8.up_proj",
+        r"model.safetensors: unknown tensor model.layers.1.mlp.experts.16.up_proj",
     ),
     "misspelt tensor": (
         lambda config, tensors: tensors.update({EXPERT + "s": tensors.pop(EXPERT)}),
+        f"unknown tensor {EXPERT}s; did you mean {EXPERT}, which is missing",
+    ),
+    "a tensor instead of another": (
+        lambda config, tensors: tensors.update({"x": tensors.pop(EXPERT)}),
         f"{EXPERT} is missing",
     ),
     "a bias in the attention": (
@@ -163,6 +169,11 @@ MISFITS = {
         rf"{EXPERT} is FP8, but config.json has no quantization_config",
     ),
     "unsupported feature": (configured(hidden_act="gelu"), "hidden_act = 'gelu'"),
+    "a misspelt feature": (configured(n_groups=4), "n_groups = 4 .* 'n_group'"),
+    "a quantisation that says nothing": (
+        configured(quantization_config="fp8"),
+        "quantization_config = 'fp8'",
+    ),
     "another quantisation": (
         configured(quantization_config={"quant_method": "gptq"}),
         "quantization_config.quant_method = 'gptq'",
@@ -185,6 +196,7 @@ SCALE = EXPERT + "_scale_inv"
 QUANTIZED = "quantization_config"
 FP8_MISFITS = {
     "missing scale": (removed(SCALE), f"{EXPERT} is FP8, but {SCALE} is missing"),
+    "a scale whose weight is missing": (removed(EXPERT), f"{EXPERT} is missing"),
     "scale of the wrong shape": (
         changed(SCALE, np.transpose),
         rf"{SCALE} is F32 \[2, 1\]; blocks of \[16, 16\] need .* \[1, 2\]",
@@ -256,10 +268,29 @@ def test_an_existing_target_is_not_touched(tmp_path):
     assert [path.name for path in (tmp_path / "ours").iterdir()] == ["mine"]
 
 
+def test_two_conversions_to_one_path_do_not_mix(tmp_path):
+    folder = released.copied("v3_mtp", tmp_path / "hf")
+    begun = []
+
+    def begin_another(done, total, what):
+        if not begun:
+            begun.append(what)
+            import_hf(folder, tmp_path / "ours")
+
+    with pytest.raises(ValueError, match="ours exists already"):
+        import_hf(folder, tmp_path / "ours", progress=begin_another)
+    assert folders.find_damage(tmp_path / "ours" / "checkpoints" / "0") is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours"]
+
+
 def test_progress_counts_every_byte_once(tmp_path):
     seen = []
     folder = released.copied("v3_mtp", tmp_path / "hf")
     import_hf(folder, tmp_path / "ours", progress=lambda *now: seen.append(now))
+    seen, checksums = seen[:-2], seen[-2:]
+    written = checksums[1][1]
+    assert [now[:2] for now in checksums] == [(0, written), (written, written)]
+    assert written > 200_000 and "checksums" in checksums[0][2]
     size = sum(value.nbytes for value in released.read(folder).values())
     done = [bytes_done for bytes_done, *_ in seen]
     assert done == sorted(set(done)) and done[-1] == size
@@ -299,28 +330,45 @@ def test_a_step_of_fine_tuning_changes_every_parameter_and_no_buffer(tmp_path, n
     config, params, balance, _ = deepseek_jax.load(tmp_path / "ours")
     raw = deepseek_jax.config.to_dict(config)
     raw["data"] |= {"batch": 8, "length": 32}
-    raw["balance"] |= {"speed": 0.0}  # a released bias is a buffer
     raw["optim"] |= {"warmup": 0, "schedule": "constant", "weight_decay": 0.0}
     config = deepseek_jax.config.from_dict(deepseek_jax.config.Config, raw)
     parts = assemble(config)
+    # Without the large biases of the fixture, which keep some experts idle.
+    balance = jax.tree.map(lambda bias: 0.01 * bias, balance)
     state = TrainState(
         jnp.zeros((), jnp.int32),
         params,
         parts.optimizer.init(params),
-        # Without the large biases of the fixture, which keep some experts idle.
-        jax.tree.map(lambda bias: 0.01 * bias, balance),
+        balance,
         jax.random.PRNGKey(0),
     )
     before = jax.tree.map(np.array, state)
     after, _ = make_step(parts)(state, random_batch(config))
-    for path, old in jax.tree_util.tree_flatten_with_path(before.params)[0]:
-        new = after.params
-        for key in path:
-            new = new[key.key]
-        # Of stacked experts, each one; of the embedding, the tokens of the batch.
-        moved = (np.asarray(new) != old).reshape(-1, *old.shape[-2:]).any((-1, -2))
-        assert moved.all(), jax.tree_util.keystr(path)
+    stacks = {
+        part.leaf: len(part.outer)
+        for tensor in names.tensors(config.model, bias=True)
+        for part in tensor.parts
+    }
+    changed = jax.tree.map(
+        lambda new, old: np.asarray(new) != old,
+        *(tree.params for tree in (after, before)),
+    )
+    for leaf, moved in leaves({"params": changed}).items():
+        # Of stacked layers and experts, each one.
+        outer = moved.shape[: stacks.pop(leaf)]
+        assert moved.reshape(*outer, -1).any(-1).all(), leaf
+    assert stacks.keys() == {names.BIAS}
+    # The biases are no parameters; only the balancer moves them, all by the same speed.
+    bias = [leaf.shape for leaf in jax.tree.leaves(balance)]
+    assert len(bias) == (name == "v3_mtp")
+    for tree in (before.params, before.opt_state):
+        at = jax.tree_util.tree_flatten_with_path(tree)[0]
+        assert not [path for path, _ in at if "bias" in jax.tree_util.keystr(path)]
+    moments = optax.tree_utils.tree_get(before.opt_state, "mu")
+    assert jax.tree.structure(moments) == jax.tree.structure(before.params)
     for old, new in zip(
         jax.tree.leaves(before.balance), jax.tree.leaves(after.balance), strict=True
     ):
-        np.testing.assert_array_equal(old, new)
+        pushes = (np.asarray(new) - old) / config.balance.speed
+        np.testing.assert_allclose(pushes, np.round(pushes), atol=1e-3)
+        assert set(np.unique(np.round(pushes))) <= {-1, 0, 1} and pushes.any()

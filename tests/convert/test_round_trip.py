@@ -43,10 +43,13 @@ def small_pieces(monkeypatch):
 
 
 def large():
-    """A V3 whose matrices have more than one piece, ragged at the end."""
+    """A V3 whose matrices have more than one piece, ragged at the end; a piece of the
+    queries has 16 heads of 24 rows, so that blocks of FP8 are whole too.
+    """
     config, tensors = released.fixture("v3_mtp")
     rng = np.random.default_rng(0)
     sizes = {"vocab_size": 300, "intermediate_size": 200, "v_head_dim": 48}
+    sizes |= {"num_attention_heads": 40, "num_key_value_heads": 40}
     grown = {}
     for name, value in tensors.items():
         shape = list(value.shape)
@@ -55,9 +58,11 @@ def large():
         elif name.startswith("model.layers.0.mlp"):
             shape = [200 if size == 48 else size for size in shape]
         elif "o_proj" in name:
-            shape[1] = 4 * 48
+            shape[1] = 40 * 48
         elif "kv_b_proj" in name:
-            shape[0] = 4 * (8 + 48)
+            shape[0] = 40 * (8 + 48)
+        elif "q_b_proj" in name:
+            shape[0] = 40 * 24
         grown[name] = rng.normal(size=shape).astype(np.float32)
     for short, whole in [("embed_tokens", "model.embed_tokens"), ("head", "lm_head")]:
         for name in grown:
@@ -73,9 +78,43 @@ def test_bf16_is_bit_identical(tmp_path, name, shards):
     config |= {"dtype": "bfloat16"}
     folder = released.write(tmp_path / "hf", config, bf16(tensors), shards)
     (folder / "generation_config.json").write_text("{}")
-    (folder / "tokenizer.json").write_text('{"model": {}}')
-    (folder / "tokenizer_config.json").write_text("{}")
     assert_same_files(convert(folder, tmp_path), folder)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer.json": '{"model": {}}', "tokenizer_config.json": "{}"},
+        {"tokenizer.json": '{"added_tokens": ['},
+        {"tokenizer_config.json": "{}"},
+    ],
+    ids=["another kind", "damaged", "no vocabulary"],
+)
+def test_a_tokenizer_that_cannot_be_read_stands_in_nobody_s_way(tmp_path, files):
+    folder = released.copied("v3_mtp", tmp_path / "hf")
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    assert_same_files(convert(folder, tmp_path, dtype="f32"), folder)
+    with pytest.warns(UserWarning, match="no tokenizer for .*ours: .*tokenizer"):
+        _, params, _, tokenizer = deepseek_jax.load(tmp_path / "ours")
+    assert tokenizer is None and params
+
+
+def test_code_that_config_json_names_comes_along(tmp_path):
+    config, tensors = released.fixture("v3_mtp")
+    config["auto_map"] = {
+        "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+        "AutoModel": "modeling_deepseek.DeepseekV3Model",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+        "AutoTokenizer": "someone/else--tokenization.Tokenizer",
+    }
+    folder = released.write(tmp_path / "hf", config, tensors)
+    for name in ("configuration_deepseek.py", "modeling_deepseek.py"):
+        (folder / name).write_text(f"# {name}")
+    assert_same_files(convert(folder, tmp_path, dtype="f32"), folder)
+    step_dir = tmp_path / "ours" / "checkpoints" / "0"
+    (step_dir / "source" / "modeling_deepseek.py").write_text("# another")
+    assert "modeling_deepseek.py has" in folders.find_damage(step_dir)
 
 
 def test_pieces_change_nothing(tmp_path, small_pieces):
@@ -85,6 +124,9 @@ def test_pieces_change_nothing(tmp_path, small_pieces):
     reader = Reader(tmp_path / "ours" / "checkpoints" / "0")
     head = reader.array(("params", "head")).chunk_layout.read_chunk.shape
     assert head == (32, 128)  # 300 rows in three pieces
+    leaf = ("params", "moe", "attn", "q_b", "kernel")
+    queries = reader.array(leaf).chunk_layout.read_chunk.shape
+    assert queries == (1, 24, 384)  # 960 rows in three pieces
     np.testing.assert_array_equal(
         reader.read(("params", "head")), tensors["lm_head.weight"].T
     )
@@ -184,6 +226,113 @@ def test_a_block_whose_largest_code_is_224_halves_its_power_of_two(tmp_path):
     assert (got[name].astype(np.float32) == 448).all()
 
 
+def change(step_dir, leaf, add):
+    """Adds to numbers of a converted bfloat16 array, by their places in a chunk."""
+    [file] = (step_dir / "state" / leaf).glob("0.0*")
+    values = np.frombuffer(file.read_bytes(), BF16).copy()
+    for at, number in add.items():
+        values[at] += BF16.type(number)
+    file.write_bytes(values.tobytes())
+    folders.write_digests(step_dir)
+
+
+O_PROJ = "model.layers.1.self_attn.o_proj.weight"
+
+
+def test_scales_are_judged_block_by_block(tmp_path):
+    config, tensors = released.fixture("v3_mtp")
+    tensors[O_PROJ][:16, :16] = 0
+    config, tensors = released.to_fp8(config, tensors)
+    scales = tensors[f"{O_PROJ}_scale_inv"]
+    scales *= np.float32(1.7)  # no recipe gives them
+    scales[0, 0] = 0
+    assert scales.shape == (2, 3)
+    folder = released.write(tmp_path / "hf", config, tensors)
+    import_hf(folder, tmp_path / "ours")
+    export_hf(tmp_path / "ours", tmp_path / "same", dtype="fp8")
+    assert_same_files(tmp_path / "same", folder)
+    step_dir = tmp_path / "ours" / "checkpoints" / "0"
+    change(step_dir, "params.moe.attn.o.kernel", {-1: 1})  # of the last block
+    export_hf(tmp_path / "ours", tmp_path / "back", dtype="fp8")
+    got = released.read(tmp_path / "back")
+    assert (got[f"{O_PROJ}_scale_inv"] == scales).tolist() == [
+        [True, True, True],
+        [True, True, False],
+    ]
+    moved = got[O_PROJ].view(np.uint8) != tensors[O_PROJ].view(np.uint8)
+    assert moved[16:, 32:].any() and not moved[:16].any() and not moved[:, :32].any()
+    want = released.from_fp8(tensors, (16, 16))
+    assert released.from_fp8(got, (16, 16))[O_PROJ][:16].tobytes() == (
+        want[O_PROJ][:16].tobytes()
+    )
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_small_weights_come_back_without_their_scales(tmp_path, power_of_two):
+    config, tensors = released.fixture("v3_mtp")
+    tensors[O_PROJ] *= np.float32(1e-9)
+    config, tensors = released.to_fp8(
+        config, tensors, (128, 128), power_of_two=power_of_two
+    )
+    folder = released.write(tmp_path / "hf", config, tensors)
+    import_hf(folder, tmp_path / "ours")
+    forget_source(tmp_path / "ours")
+    export_hf(tmp_path / "ours", tmp_path / "back", dtype="fp8", ue8m0=power_of_two)
+    got = released.read(tmp_path / "back")
+    want, values = (released.from_fp8(t, (128, 128))[O_PROJ] for t in (tensors, got))
+    assert want.any()
+    if power_of_two:
+        assert values.tobytes() == want.tobytes()
+    else:
+        assert got[O_PROJ].tobytes() == tensors[O_PROJ].tobytes()
+        ratio = got[f"{O_PROJ}_scale_inv"] / tensors[f"{O_PROJ}_scale_inv"]
+        assert (abs(ratio - 1) < 2**-8).all()
+
+
+@pytest.mark.parametrize("scale_dtype", ["BF16", "F8_E8M0"])
+def test_codes_belong_to_the_scales_as_they_are_stored(tmp_path, scale_dtype):
+    config, tensors = released.to_fp8(
+        *released.fixture("v3_mtp"), power_of_two=True, scale_dtype=scale_dtype
+    )
+    config["quantization_config"].pop("scale_fmt")  # only the dtype tells
+    folder = released.write(tmp_path / "hf", config, tensors)
+    import_hf(folder, tmp_path / "ours")
+    step_dir = tmp_path / "ours" / "checkpoints" / "0"
+    change(step_dir, "params.moe.attn.o.kernel", dict.fromkeys(range(0, 1536, 7), 0.37))
+    export_hf(tmp_path / "ours", tmp_path / "bf16")
+    export_hf(tmp_path / "ours", tmp_path / "back", dtype="fp8")
+    got = released.read(tmp_path / "back")
+    scales = got[f"{O_PROJ}_scale_inv"]
+    assert scales.dtype == released.TYPES[scale_dtype]
+    assert not (scales == tensors[f"{O_PROJ}_scale_inv"]).any()
+    x = released.read(tmp_path / "bf16")[O_PROJ].astype(np.float64)
+    wide = np.kron(scales.astype(np.float64), np.ones((16, 16)))
+    error = np.abs(got[O_PROJ].astype(np.float64) * wide - x)
+    # Half a step of three mantissa bits, or of the smallest code; a rounded scale may
+    # make the largest number a little too large.
+    assert (error <= np.maximum(np.abs(x) * 2.0**-4, wide * 2.0**-10)).all()
+    # Every number has the code that is nearest under its scale.
+    nearest = np.clip(x / wide, -448, 448).astype(got[O_PROJ].dtype)
+    assert got[O_PROJ].tobytes() == nearest.tobytes()
+
+
+def test_another_format_of_scales_than_the_original_s(tmp_path):
+    config, tensors = released.to_fp8(*released.fixture("v3_mtp"))
+    folder = released.write(tmp_path / "hf", config, tensors, shards=2)
+    import_hf(folder, tmp_path / "ours")
+    export_hf(tmp_path / "ours", tmp_path / "back", dtype="fp8", ue8m0=True)
+    got = released.read(tmp_path / "back")
+    assert got.keys() == tensors.keys()
+    for name, value in got.items():
+        if name.endswith("_scale_inv"):
+            assert (np.frexp(value)[0] == 0.5).all() and value.dtype == np.float32
+        assert value.dtype == tensors[name].dtype and value.shape == tensors[name].shape
+    about = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert about["quantization_config"] == config["quantization_config"] | {
+        "scale_fmt": "ue8m0"
+    }
+
+
 def test_a_changed_tensor_gets_fresh_scales_and_the_others_keep_theirs(tmp_path):
     config, tensors = released.to_fp8(*released.fixture("v3_mtp"))
     # As if amax had been taken over more than the block: no recipe gives these scales.
@@ -193,16 +342,11 @@ def test_a_changed_tensor_gets_fresh_scales_and_the_others_keep_theirs(tmp_path)
     folder = released.write(tmp_path / "hf", config, tensors)
     import_hf(folder, tmp_path / "ours")
     step_dir = tmp_path / "ours" / "checkpoints" / "0"
-    embed = step_dir / "state" / "params.moe.attn.o.kernel" / "0.0.0"
-    values = np.frombuffer(embed.read_bytes(), BF16).copy()
-    values[0] += BF16.type(1)
-    embed.write_bytes(values.tobytes())
-    folders.write_digests(step_dir)
+    change(step_dir, "params.moe.attn.o.kernel", {0: 1})
     export_hf(tmp_path / "ours", tmp_path / "back", dtype="fp8")
     got = released.read(tmp_path / "back")
     changed = {n for n, v in tensors.items() if got[n].tobytes() != v.tobytes()}
-    weight = "model.layers.1.self_attn.o_proj.weight"
-    assert changed == {weight, f"{weight}_scale_inv"}
+    assert changed == {O_PROJ, f"{O_PROJ}_scale_inv"}
 
 
 @pytest.mark.parametrize("name", ["v3_mtp", "v2_lite"])
@@ -216,9 +360,10 @@ def test_stacked_experts_hold_the_same_numbers(tmp_path, name):
     def expert(e, kind):
         return tensors[f"{at}.{e}.{kind}_proj.weight"]
 
-    both = [np.concatenate([expert(e, "gate"), expert(e, "up")]) for e in range(8)]
+    all_of = range(config["n_routed_experts"])
+    both = [np.concatenate([expert(e, "gate"), expert(e, "up")]) for e in all_of]
     np.testing.assert_array_equal(stacked[f"{at}.gate_up_proj"], np.stack(both))
-    down = np.stack([expert(e, "down") for e in range(8)])
+    down = np.stack([expert(e, "down") for e in all_of])
     np.testing.assert_array_equal(stacked[f"{at}.down_proj"], down)
     assert not [n for n in stacked if "experts.0." in n]
     # And from there on: the form is kept, or undone.
@@ -256,14 +401,19 @@ def test_a_checkpoint_without_the_mtp_tensors_that_it_promises(tmp_path):
     assert_same_files(tmp_path / "back", folder)
 
 
-def test_mtp_layers_need_not_repeat_the_embedding(tmp_path):
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        ["embed_tokens.weight", "shared_head.head.weight"],
+        ["embed_tokens.weight"],
+        ["shared_head.head.weight"],
+    ],
+    ids=len,
+)
+def test_mtp_layers_need_not_repeat_the_embedding_or_the_head(tmp_path, lacking):
     config, tensors = released.fixture("v3_mtp")
-    tensors = {
-        n: v
-        for n, v in tensors.items()
-        if not n.startswith("model.layers.3.")
-        or not n.endswith(("embed_tokens.weight", "head.weight"))
-    }
+    for name in lacking:
+        del tensors[f"model.layers.3.{name}"]
     folder = released.write(tmp_path / "hf", config, tensors)
     assert_same_files(convert(folder, tmp_path, dtype="f32"), folder)
 

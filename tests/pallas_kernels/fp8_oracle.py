@@ -4,8 +4,12 @@ import ml_dtypes
 import numpy as np
 
 
-def quantized(x, block, power_of_two):
-    """Codes of x [..., M, N] as bytes, and scales, all in float32."""
+def quantized(x, block, power_of_two, least=0.0):
+    """Codes of x [..., M, N] as bytes, and scales, all in float32.
+
+    `least` is what a block's largest magnitude counts as at least; zeros have a scale
+    of their own choice, here 1.
+    """
     *outer, rows, columns = x.shape
     m, n = block
     codes = np.empty(x.shape, np.uint8)
@@ -13,8 +17,8 @@ def quantized(x, block, power_of_two):
     for at in np.ndindex(*scales.shape):
         *o, i, j = at
         part = (*o, slice(i * m, i * m + m), slice(j * n, j * n + n))
-        amax = max(np.abs(x[part]).max(), np.float32(1e-4))
-        scale = np.float32(amax) / np.float32(448)
+        amax = max(np.abs(x[part]).max(), np.float32(least))
+        scale = np.float32(amax or 448) / np.float32(448)
         if power_of_two:
             scale = np.float32(2.0 ** np.ceil(np.log2(np.float64(scale))))
         scales[at] = scale

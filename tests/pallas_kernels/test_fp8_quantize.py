@@ -23,7 +23,7 @@ def test_codes_and_scales_are_the_oracle_s(shape, block, power_of_two):
     x = rng.normal(size=shape) * 10.0 ** rng.integers(-6, 6, (*shape[:-1], 1))
     x = x.astype(np.float32)
     codes, scales = jax.jit(fp8.quantize, static_argnums=(1, 2))(x, block, power_of_two)
-    want_codes, want_scales = quantized(x, block, power_of_two)
+    want_codes, want_scales = quantized(x, block, power_of_two, least=1e-4)
     np.testing.assert_array_equal(np.asarray(codes).view(np.uint8), want_codes)
     np.testing.assert_array_equal(scales, want_scales)
     assert scales.shape == want_scales.shape
@@ -57,6 +57,28 @@ def test_zeros_have_a_scale():
     codes, scale = fp8.quantize(np.zeros((2, 130), np.float32), fp8.TILE)
     assert (np.asarray(codes).astype(np.float32) == 0).all()
     np.testing.assert_array_equal(scale, np.float32(1e-4) / np.float32(448))
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_small_numbers_keep_their_digits_if_asked_to(power_of_two):
+    rng = np.random.default_rng(3)
+    x = (rng.normal(size=(32, 8)) * 10.0 ** -np.arange(32)[:, None]).astype(np.float32)
+    scale = fp8.scales(x, (1, 8), power_of_two, fp8.TINY_AMAX)
+    codes = np.asarray(fp8.encode(x, scale, (1, 8)))
+    want_codes, want_scales = quantized(x, (1, 8), power_of_two)
+    np.testing.assert_array_equal(codes.view(np.uint8), want_codes)
+    np.testing.assert_array_equal(scale, want_scales)
+    error = np.abs(codes.astype(np.float64) * np.asarray(scale, np.float64) - x)
+    amax = np.abs(x).max(-1, keepdims=True)
+    assert (error <= np.maximum(np.abs(x) * 2.0**-4, amax * 2.0**-15)).all()
+    lost = np.asarray(fp8.quantize(x, (1, 8), power_of_two)[0])[-1]
+    assert (lost.astype(np.float32) == 0).all()
+
+
+def test_scales_are_normal_numbers_however_small_a_block():
+    x = np.full((1, 8), 1e-37, np.float32)
+    scale = fp8.scales(x, (1, 8), True, fp8.TINY_AMAX)
+    assert scale == np.finfo(np.float32).tiny
 
 
 def test_numbers_beyond_the_scale_are_clipped():

@@ -5,11 +5,11 @@ Runs in the environment that tools/peers.sh makes (Python 3.11, torch, transform
   .cache/peers/bin/python tests/parity/make_fixtures.py make FOLDER [SEED]
   .cache/peers/bin/python tests/parity/make_fixtures.py check FOLDER...
 
-`make` writes a checkpoint for each entry of MODELS with `save_pretrained`, and beside
-it expected.npz: tokens [B, L], their float32 logits, what greedy decoding makes of a
-prompt and, where there is an MTP module, its logits. `check` loads checkpoints that
-have an expected.npz and prints the largest difference of their logits from it.
-tests/parity/fixtures is `make` with the default seed.
+`make` writes a checkpoint for each entry of MODELS (with a SEED, of LARGER too) with
+`save_pretrained`, and beside it expected.npz: tokens [B, L], their float32 logits, what
+greedy decoding makes of a prompt and, where there is an MTP module, its logits. `check`
+loads checkpoints that have an expected.npz and prints the largest difference of their
+logits from it. tests/parity/fixtures is `make` without a seed.
 """
 
 import json
@@ -27,6 +27,10 @@ from transformers import (
     DeepseekV3ForCausalLM,
 )
 from transformers.modeling_layers import MtpModel
+from transformers.quantizers import quantizer_finegrained_fp8
+
+# It asks for the package before it reads FP8, and on a CPU does without it.
+quantizer_finegrained_fp8.is_accelerate_available = lambda: True
 
 BATCH, LENGTH, PROMPT, NEW = 2, 24, 8, 32
 
@@ -51,20 +55,27 @@ COMMON = {
 }
 
 
-def yarn(mscale: float, factor: float) -> dict:
+def yarn(mscale: float, all_dim: float, fast: float, slow: float) -> dict:
+    """Of the 8 frequencies, those in the middle are blends of fast and slow."""
     return {
         "rope_type": "yarn",
         "rope_theta": 10000.0,
-        "factor": factor,
-        "original_max_position_embeddings": 16,
-        "beta_fast": 32,
-        "beta_slow": 1,
+        "factor": 40.0,
+        "original_max_position_embeddings": 512,
+        "beta_fast": fast,
+        "beta_slow": slow,
         "mscale": mscale,
-        "mscale_all_dim": mscale,
+        "mscale_all_dim": all_dim,
     }
 
 
-V3 = COMMON | {"n_group": 4, "topk_group": 2, "n_shared_experts": 1}
+# Groups of four, so that the best one or two of a group are not all of it.
+V3 = COMMON | {
+    "n_routed_experts": 16,
+    "n_group": 4,
+    "topk_group": 2,
+    "n_shared_experts": 1,
+}
 V2 = COMMON | {"n_shared_experts": 2, "num_nextn_predict_layers": 0}
 # Name: (config, fields, dtype, bytes of a shard, MTP modules)
 MODELS = {
@@ -74,6 +85,7 @@ MODELS = {
         V3
         | {
             "q_lora_rank": None,
+            "n_routed_experts": 8,
             "n_group": 1,
             "topk_group": 1,
             "n_shared_experts": 2,
@@ -91,8 +103,7 @@ MODELS = {
         | {
             "first_k_dense_replace": 3,
             "num_hidden_layers": 4,
-            "n_routed_experts": 16,
-            "rope_parameters": yarn(1.0, 40.0),
+            "rope_parameters": yarn(1.0, 0.8, 32, 1),
         },
         "float32",
         "100KB",
@@ -109,7 +120,7 @@ MODELS = {
     ),
     "v2_lite": (
         DeepseekV2Config,
-        V2 | {"q_lora_rank": None, "rope_parameters": yarn(0.707, 40.0)},
+        V2 | {"q_lora_rank": None, "rope_parameters": yarn(0.707, 1.0, 16, 2)},
         "float32",
         None,
         0,
@@ -119,12 +130,36 @@ MODELS = {
         V2
         | {
             "n_routed_experts": 16,
-            "n_group": 8,
-            "topk_group": 3,
+            "n_group": 4,
+            "topk_group": 2,
             "topk_method": "group_limited_greedy",
             "routed_scaling_factor": 16.0,
             "first_k_dense_replace": 2,
             "num_hidden_layers": 4,
+        },
+        "float32",
+        None,
+        0,
+    ),
+}
+# Too large to be committed: whole FP8 blocks of 128 x 128, several a matrix.
+LARGER = {
+    "v3_blocks": (
+        DeepseekV3Config,
+        V3
+        | {
+            "hidden_size": 256,
+            "intermediate_size": 256,
+            "moe_intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "kv_lora_rank": 64,
+            "q_lora_rank": 128,
+            "qk_nope_head_dim": 64,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 64,
+            "n_routed_experts": 8,
+            "n_group": 2,
+            "topk_group": 1,
         },
         "float32",
         None,
@@ -156,7 +191,10 @@ def randomize(module: torch.nn.Module) -> None:
 
 
 def load(folder: Path):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    """The model in float32; FP8 as the bfloat16 that it stands for."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    dtype = torch.bfloat16 if "quantization_config" in config else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).float()
     # Sums in another order than a loop over experts would add to the differences.
     model.config._experts_implementation = "eager"
     return model.eval()
@@ -189,7 +227,7 @@ def mtp_logits(folder: Path, model, tokens: np.ndarray, depth: int) -> np.ndarra
     model._keys_to_ignore_on_load_unexpected = [
         rf"model\.layers\.{layers + k}.*" for k in range(depth)
     ]
-    mtp = MtpModel.from_pretrained(model).eval()
+    mtp = MtpModel.from_pretrained(model).eval().float()
     mtp.config._experts_implementation = "eager"
     ids = torch.from_numpy(tokens).long()
     hidden = model.model(ids, use_cache=False).last_hidden_state
@@ -264,8 +302,8 @@ def add_mtp(folder: Path, model, depth: int, rng: torch.Generator) -> None:
         index_file.write_text(text, "utf-8")
 
 
-def make(folder: Path, seed: int) -> None:
-    for number, (name, spec) in enumerate(MODELS.items()):
+def make(folder: Path, seed: int, models: dict) -> None:
+    for number, (name, spec) in enumerate(models.items()):
         config_class, fields, dtype, shard, depth = spec
         where = folder / name
         for attempt in range(20):
@@ -313,7 +351,12 @@ def check(folders: list[Path]) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1:2] == ["make"]:
-        make(Path(sys.argv[2]), int((sys.argv[3:4] or ["0"])[0]))
+        given = sys.argv[3:4]
+        make(
+            Path(sys.argv[2]),
+            int((given or ["0"])[0]),
+            MODELS | (LARGER if given else {}),
+        )
     elif sys.argv[1:2] == ["check"]:
         check([Path(argument) for argument in sys.argv[2:]])
     else:

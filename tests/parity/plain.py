@@ -41,14 +41,14 @@ def swiglu(x, tensors, at):
     return (sigmoid(x @ gate) * (x @ gate) * (x @ up)) @ down
 
 
-def yarn(config) -> tuple[np.ndarray, float]:
-    """(radians a position, m of the softmax scale)."""
+def yarn(config) -> tuple[np.ndarray, float, float]:
+    """(radians a position, magnitude of rotated vectors, m of the softmax scale)."""
     dim = config["qk_rope_head_dim"]
     rope = config["rope_parameters"]
     base = rope["rope_theta"]
     frequency = base ** (-np.arange(0, dim, 2) / dim)
     if rope["rope_type"] == "default":
-        return frequency, 1.0
+        return frequency, 1.0, 1.0
 
     def index(turns):
         length = rope["original_max_position_embeddings"]
@@ -58,13 +58,15 @@ def yarn(config) -> tuple[np.ndarray, float]:
     high = min(math.ceil(index(rope["beta_slow"])), dim - 1)
     ramp = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
     slow = frequency / rope["factor"]
-    m = 0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1
-    return slow * ramp + frequency * (1 - ramp), m
+    log = 0.1 * math.log(rope["factor"])
+    m = 1 + log * rope["mscale_all_dim"]
+    magnitude = (1 + log * rope["mscale"]) / m
+    return slow * ramp + frequency * (1 - ramp), magnitude, m
 
 
-def rotate(x, frequency):
+def rotate(x, frequency, magnitude):
     """x [L, ..., R] of interleaved pairs, each turned by position times frequency."""
-    turn = np.exp(1j * np.arange(len(x))[:, None] * frequency)
+    turn = magnitude * np.exp(1j * np.arange(len(x))[:, None] * frequency)
     turn = turn.reshape(len(x), *(1,) * (x.ndim - 2), -1)
     turned = (x[..., 0::2] + 1j * x[..., 1::2]) * turn
     return np.stack([turned.real, turned.imag], -1).reshape(x.shape)
@@ -76,7 +78,7 @@ def attention(x, config, tensors, at):
 
     length, heads = len(x), config["num_attention_heads"]
     nope, latent = config["qk_nope_head_dim"], config["kv_lora_rank"]
-    frequency, m = yarn(config)
+    *rotation, m = yarn(config)
     if config["q_lora_rank"]:
         c_q = rms_norm(x @ weight("q_a_proj").T, weight("q_a_layernorm"))
         q = c_q @ weight("q_b_proj").T
@@ -86,9 +88,9 @@ def attention(x, config, tensors, at):
     joint = x @ weight("kv_a_proj_with_mqa").T
     c_kv = rms_norm(joint[:, :latent], weight("kv_a_layernorm"))
     kv = (c_kv @ weight("kv_b_proj").T).reshape(length, heads, -1)
-    key_rope = rotate(joint[:, latent:], frequency)
+    key_rope = rotate(joint[:, latent:], *rotation)
     logits = np.einsum("lhn,shn->hls", q[..., :nope], kv[..., :nope])
-    logits += np.einsum("lhr,sr->hls", rotate(q[..., nope:], frequency), key_rope)
+    logits += np.einsum("lhr,sr->hls", rotate(q[..., nope:], *rotation), key_rope)
     logits *= m**2 / math.sqrt(q.shape[-1])
     logits[:, np.triu(np.ones((length, length), bool), 1)] = -np.inf
     p = np.exp(logits - logits.max(-1, keepdims=True))
@@ -97,13 +99,15 @@ def attention(x, config, tensors, at):
     return out.reshape(length, -1) @ weight("o_proj").T
 
 
-def choose(config, scores, bias, dropped=-np.inf):
-    """The experts of a token; `dropped` is what choices of other groups become."""
+def choose(config, scores, bias, dropped=-np.inf, best=None):
+    """The experts of a token; `dropped` is what choices of other groups become, a group
+    is worth its `best` ones.
+    """
     groups = config["n_group"] or 1
     choice = scores + bias
     grouped = choice.reshape(groups, -1)
     if groups > 1 and config.get("topk_method") != "greedy":
-        best = 2 if config["model_type"] == "deepseek_v3" else 1
+        best = best or (2 if config["model_type"] == "deepseek_v3" else 1)
         worth = np.sort(grouped, -1)[:, -best:].sum(-1)
         lost = np.argsort(-worth, kind="stable")[config["topk_group"] :]
         grouped = grouped.copy()

@@ -109,10 +109,53 @@ def test_biases_decide_who_is_chosen(load, name):
     assert np.abs(got - want["logits"]).max() > 0.1
 
 
+def with_yarn(name, **changes):
+    """The equations' logits of a model whose YaRN has other numbers."""
+    config, tensors = plain.read(FIXTURES / name)
+    config["rope_parameters"] |= changes
+    return plain.forward(config, tensors, expected(name)["tokens"][0])[0]
+
+
+@pytest.mark.parametrize("name", ["v3_yarn", "v2_lite"])
+def test_the_models_tell_one_yarn_from_another(name):
+    config, _ = plain.read(FIXTURES / name)
+    rope = config["rope_parameters"]
+    frequency, _, _ = plain.yarn(config)
+    plain_ones = rope["rope_theta"] ** (-np.arange(0, 16, 2) / 16)
+    share = (plain_ones / frequency - 1) / (rope["factor"] - 1)  # of what is slowed
+    assert ((share > 1e-3) & (share < 0.2)).sum() >= 2  # blends
+    right = with_yarn(name)
+    assert np.abs(right - expected(name)["logits"][0]).max() <= BOUND
+    for changes in (
+        {"beta_fast": 8, "beta_slow": 8},  # a ramp of 0 and 1 only
+        {"beta_fast": rope["beta_slow"] * 4},
+        {"beta_slow": rope["beta_fast"] / 4},
+        {"original_max_position_embeddings": 4096},
+        {"mscale": rope["mscale_all_dim"]},
+        {"mscale_all_dim": rope["mscale"]},
+        {"mscale": rope["mscale_all_dim"], "mscale_all_dim": rope["mscale"]},
+    ):
+        wrong = with_yarn(name, **changes)
+        assert np.abs(wrong - right).max() > 50 * BOUND, changes
+
+
+@pytest.mark.parametrize(("name", "others"), [("v3", (1, 4)), ("v2", (2, 4))])
+def test_the_models_tell_one_group_score_from_another(monkeypatch, name, others):
+    config, tensors = plain.read(FIXTURES / name)
+    want = expected(name)
+    assert config["n_routed_experts"] // config["n_group"] == 4
+    choose = plain.choose
+    for best in others:
+        monkeypatch.setattr(plain, "choose", functools.partial(choose, best=best))
+        wrong = plain.forward(config, tensors, want["tokens"][0])[0]
+        assert np.abs(wrong - want["logits"][0]).max() > 0.01, best
+
+
 def test_masking_groups_with_zero_would_choose_other_experts():
     config, _ = plain.read(FIXTURES / "v3")
     rng = np.random.default_rng(0)
-    logits, bias = rng.normal(size=(200, 8)), rng.uniform(-2, -1, 8)
+    experts = config["n_routed_experts"]
+    logits, bias = rng.normal(size=(200, experts)), rng.uniform(-2, -1, experts)
     right, wrong = (
         [plain.choose(config, s, bias, dropped) for s in plain.sigmoid(logits)]
         for dropped in (-np.inf, 0.0)
