@@ -6,10 +6,13 @@ unknown one is refused with the nearest known name, wherever it was written.
 """
 
 import argparse
+import ctypes
 import difflib
 import dis
+import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -17,10 +20,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from deepseek_jax.config import Config, flatten, from_dict, to_dict
 
+PARENT = "DEEPSEEK_JAX_PARENT"  # in the environment: the process to end with
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 BAD_INPUT, STOPPED, INTERRUPTED = 2, 1, 130  # exit codes
 
 CONFIG_HELP = """\
@@ -135,6 +141,9 @@ def run(main: Callable[[], None]) -> None:
     130 an interrupt. Anything else is a bug and keeps its stack trace, also a
     ValueError that no line of ours raised.
     """
+    # Notes of ours are for people; which backends JAX did not find is not.
+    absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     app.run(
         lambda _: guarded(main), flags_parser=lambda argv: guarded(parse_flags, argv)
     )
@@ -157,6 +166,19 @@ def guarded(function: Callable[..., Any], *arguments: Any) -> Any:
     kind = "" if code == INTERRUPTED else "error: "
     print(kind + " ".join((str(caught) or "interrupted").split()), file=sys.stderr)
     sys.exit(code)
+
+
+def end_with_parent() -> None:
+    """Has Linux send SIGTERM, at which a run saves, when the sweep it is of dies.
+
+    Without it a sweep that is killed would leave runs behind that hold their folders.
+    """
+    parent = os.environ.get(PARENT)
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if parent and prctl:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != int(parent):  # it died before
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def is_ours(error: Exception) -> bool:

@@ -11,7 +11,6 @@ temporary folder: this needs no root and changes nothing on the system. Their li
 stand in each package's usr/share/doc/*/copyright and, in short, in the manifest.
 """
 
-import argparse
 import gzip
 import html.parser
 import itertools
@@ -31,6 +30,7 @@ from deepseek_jax.data.cache import default_cache, publish, unfinished
 from deepseek_jax.data.corpus import MANIFEST, read_manifest, write_corpus
 from deepseek_jax.data.documents import Document, cut_documents, deduplicate, document
 from deepseek_jax.data.sources import open_corpus
+from experiments import common
 
 CAP = 16_000_000  # bytes of a domain of the Debian corpus
 ARITHMETIC = 8_000_000
@@ -300,11 +300,7 @@ def copy_to(root: Path, out: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m experiments.corpus",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = common.arguments("experiments.corpus", __doc__)
     parser.add_argument("--debian", action="store_true", help="the Debian corpus")
     parser.add_argument("--out", type=Path, help="a folder to copy the corpus to")
     parser.add_argument("--list", action="store_true", help="list what has been built")
@@ -315,17 +311,14 @@ def main(arguments: list[str] | None = None) -> None:
     if options.list:
         print_all(options.cache)
         return
-    try:
-        if options.debian:
-            root = build_debian(options.cache)
-        else:
-            root = open_corpus(DataConfig(), options.cache).root
-        if options.out:
-            root = copy_to(root, options.out)
-        print(describe(root))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    if options.debian:
+        root = build_debian(options.cache)
+    else:
+        root = open_corpus(DataConfig(), options.cache).root
+    if options.out:
+        root = copy_to(root, options.out)
+    print(describe(root))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(common.guarded(main))

@@ -18,9 +18,15 @@ flags.adopt_module_key_flags(common)
 
 
 def main() -> None:
+    common.end_with_parent()
     config = common.require(CONFIG, "--config=experiments/configs/tiny.py")
     workdir = common.require(WORKDIR, "--workdir=runs/tiny")
     train.run(common.from_config_dict(config), workdir)
+    print(
+        f"Results: {workdir}. What to do with them:\n"
+        f"  python -m experiments.report --workdir={workdir}\n"
+        f"  python -m experiments.generate --checkpoint={workdir} --prompt=TEXT"
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ def parse(content: bytes) -> dict[str, Any]:
         kind = model.get("type", "BPE")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"is damaged or no tokenizer.json ({type(error).__name__}: {error})"
+            f"is damaged or no tokenizer.json ({type(error).__name__}: {error}); of a "
+            "tokenizer that was saved here, name the folder"
         ) from None
     wrong = [step["type"] for step in before if not _keeps_text(step)]
     wrong += [step["type"] for step in normalizers]

@@ -148,7 +148,7 @@ class Progress:
         self.shown = now
         line = (
             f"step {step}/{self.total}  loss {values['loss']:.4f}  "
-            f"maxvio {values['maxvio_batch']:.2f}  "
+            f"ce {values['ce']:.4f}  maxvio {values['maxvio_batch']:.2f}  "
             f"{values['tokens_per_s']:,.0f} tokens/s"
         )
         if self.seen > 1:
@@ -158,6 +158,11 @@ class Progress:
     def say(self, text: str) -> None:
         """Prints a line of its own above the live one."""
         self._print(f"\r{text}\x1b[K\n" if self.live else f"{text}\n")
+
+    def wait(self, text: str) -> None:
+        """Says on a terminal what takes time, until the next line takes its place."""
+        if self.live:
+            self._print(f"\r{text} ...\x1b[K")
 
     def close(self) -> None:
         """Ends the live line."""

@@ -38,6 +38,11 @@ def run(
       checkpoint.manager.DiskFull: there is no room for a checkpoint.
       hooks.Interrupted: a signal came; everything up to then is saved.
     """
+    if not isinstance(config, Config):
+        raise ValueError(
+            f"config is a {type(config).__name__}: must be a config.Config, as "
+            "config.from_dict(Config, values) makes one of nested dicts"
+        )
     workdir = Path(workdir).absolute()
     progress = hooks.Progress(config.train.steps)
     config = start.continuing(config, workdir, progress.say)
@@ -71,7 +76,9 @@ def train(
     compiled = None
     for step in range(done + 1, config.steps + 1):
         batch = next(opened.rows)
-        compiled = compiled or compile_step(opened.parts, state, batch)
+        if compiled is None:
+            recorder.progress.say("compiling the training step")
+            compiled = compile_step(opened.parts, state, batch)
         state, metrics = compiled(state, batch)
         recorder.take(step, metrics)
         last, stopping = step == config.steps, interrupt.received is not None
@@ -82,6 +89,7 @@ def train(
         recorder.flush()
         eval_ce = None
         if evaluating:
+            recorder.progress.wait(f"evaluating after step {step}")
             record = opened.evaluate(state, step)
             recorder.evaluated(step, record)
             eval_ce = record["eval_ce"]

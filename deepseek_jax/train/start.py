@@ -56,8 +56,8 @@ def continuing(config: Config, workdir: Path, say: Say) -> Config:
     horizon = fixed.optim.horizon
     if horizon not in (config.optim.horizon, config.train.steps):
         say(
-            f"the learning rate keeps the horizon of the first start, {horizon} steps; "
-            "optim.horizon sets another one, for a new run"
+            f"the learning rate keeps the horizon of the first start, {horizon} steps "
+            "(optim.horizon), and its last value after them"
         )
     return fixed
 

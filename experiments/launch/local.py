@@ -22,7 +22,7 @@ from typing import IO, Any
 from deepseek_jax.analysis import runs, seeds, tables
 from deepseek_jax.analysis.runs import DONE, FAILED, PENDING, RUNNING
 from deepseek_jax.train.hooks import Interrupt, clock
-from experiments.common import INTERRUPTED
+from experiments.common import INTERRUPTED, PARENT
 from experiments.launch.plan import Item, Plan, flag
 
 POLL_S = 0.5
@@ -177,6 +177,7 @@ def start(state: State, name: str, cores: list[int], command: Command) -> Job:
     words = command(state.plan, state.items[name], folder)
     log = (folder / "log.txt").open("ab", buffering=0)
     log.write(f"{runs.LOG_START}{shlex.join(words)}\n".encode())
+    pid = str(os.getpid())
     cache = str(state.workdir.absolute() / CACHE)
     with on_cores(cores):
         process = subprocess.Popen(
@@ -184,7 +185,7 @@ def start(state: State, name: str, cores: list[int], command: Command) -> Job:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={"JAX_COMPILATION_CACHE_DIR": cache} | os.environ,
+            env={"JAX_COMPILATION_CACHE_DIR": cache} | os.environ | {PARENT: pid},
             start_new_session=True,  # Ctrl-C reaches it once, from here
         )
     state.set(name, RUNNING)

@@ -254,6 +254,30 @@ def test_one_failure_does_not_stop_the_others_and_resumes(write, tmp_path, capsy
     assert len(starts_of(workdir, "v3-s1")) == 1
 
 
+def test_runs_end_with_a_sweep_that_is_killed(tmp_path):
+    """Else they would hold their folders, and the same sweep could not go on."""
+    run = (
+        "import time; from experiments import common; common.end_with_parent(); "
+        "print(1, flush=True); time.sleep(60)"
+    )
+    code = (
+        "import os, subprocess, sys, time; from experiments import common\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {run!r}], "
+        "env=os.environ | {common.PARENT: str(os.getpid())}, stdout=subprocess.PIPE)\n"
+        "child.stdout.readline(); print(child.pid, flush=True); time.sleep(60)"
+    )
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE) as sweep:
+        child = Path("/proc") / sweep.stdout.readline().decode().strip()
+        sweep.kill()
+    for _ in range(200):
+        # One that has ended has no command line, until somebody asks how it ended.
+        if not child.exists() or not (child / "cmdline").read_bytes():
+            return
+        time.sleep(0.05)
+    pytest.fail("the run outlived its sweep")
+
+
 def test_runs_may_be_added_and_nothing_else_changed(write, tmp_path):
     workdir = tmp_path / "out"
     assert start(write(strategies="'none',"), workdir) == 0

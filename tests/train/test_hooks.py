@@ -13,7 +13,7 @@ import pytest
 from deepseek_jax.train import hooks
 from deepseek_jax.train.hooks import Interrupt, Progress, check_finite, check_params
 
-VALUES = {"loss": 4.5, "maxvio_batch": 0.625, "tokens_per_s": 8512.3}
+VALUES = {"loss": 4.5, "ce": 4.25, "maxvio_batch": 0.625, "tokens_per_s": 8512.3}
 
 
 class Terminal(io.StringIO):
@@ -27,9 +27,10 @@ def test_elsewhere_than_on_a_terminal_lines_are_plain_and_few():
     for step in range(1, 301):
         progress.update(step, VALUES, step_s=30.0 if step == 1 else 0.5)
         progress.shown -= 60 if step == 100 else 0
+    progress.wait("evaluating")
     progress.say("note")
     progress.close()
-    rest = "  loss 4.5000  maxvio 0.62  8,512 tokens/s"
+    rest = "  loss 4.5000  ce 4.2500  maxvio 0.62  8,512 tokens/s"
     assert stream.getvalue().splitlines() == [
         f"step 1/300{rest}",  # compiling says nothing about the time left
         f"step 101/300{rest}  ETA 1:40",
@@ -44,10 +45,12 @@ def test_on_a_terminal_there_is_one_live_line_and_notes_stay_above_it():
     progress.update(1, VALUES, step_s=1)
     progress.say("note")
     progress.update(2, VALUES, step_s=1)
+    progress.wait("evaluating")
     progress.close()
     text = stream.getvalue()
     assert text.count("\n") == 2 and text.endswith("\n")
     assert text.index("step 1/2") < text.index("\rnote") < text.index("\rstep 2/2")
+    assert text.index("\rstep 2/2") < text.index("\revaluating ...")
 
 
 @pytest.mark.parametrize(
