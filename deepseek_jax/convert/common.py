@@ -40,6 +40,9 @@ BIASES: dict[str, Leaf | None] = {
 RECORD, SCALES = "source.json", "scales.safetensors"
 GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer"  # a folder of the workdir
+OWN_TOKENIZER = (
+    "deepseek_jax_tokenizer"  # its copy in an export, if others can't read it
+)
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",

@@ -204,7 +204,11 @@ def _copy_files(plan: Export, folder: Path, config: dict[str, Any], say: Say) ->
     if not tokenizer.is_dir():
         return
     if _is_ours(tokenizer):
-        say(f"{tokenizer} is not in Hugging Face's form: it is left out")
+        say(
+            "the tokenizer is not in Hugging Face's form: it goes along for imports "
+            f"here, as {common.OWN_TOKENIZER}/"
+        )
+        shutil.copytree(tokenizer, folder / common.OWN_TOKENIZER)
         return
     for file in tokenizer.iterdir():
         if file.is_file():

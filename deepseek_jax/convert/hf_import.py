@@ -299,6 +299,9 @@ def _write_record(plan: Import, step_dir: Path) -> None:
 
 
 def _copy_tokenizer(source: Path, workdir: Path) -> None:
+    if (source / common.OWN_TOKENIZER).is_dir():
+        shutil.copytree(source / common.OWN_TOKENIZER, workdir / common.TOKENIZER)
+        return
     files = [file for text in common.TOKENIZER_FILES for file in source.glob(text)]
     if files:
         (workdir / common.TOKENIZER).mkdir()

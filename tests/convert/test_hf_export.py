@@ -269,7 +269,9 @@ def test_a_config_that_does_not_fit_the_arrays_is_refused(tmp_path):
         (None, True),
     ],
 )
-def test_a_tokenizer_goes_along_unless_only_we_can_read_it(run, tmp_path, text, kept):
+def test_a_tokenizer_goes_along_in_a_place_where_others_find_it_or_not(
+    run, tmp_path, text, kept
+):
     folder, said = run / "tokenizer", []
     folder.mkdir()
     (folder / "tokenizer_config.json").write_text("{}")
@@ -278,7 +280,10 @@ def test_a_tokenizer_goes_along_unless_only_we_can_read_it(run, tmp_path, text, 
     export_hf(run, tmp_path / "hf", say=said.append)
     files = {"tokenizer_config.json", *(["tokenizer.json"] if text else [])}
     there = {file.name for file in (tmp_path / "hf").glob("tokenizer*")}
-    assert there == (files if kept else set())
-    assert said == (
-        [] if kept else [f"{folder} is not in Hugging Face's form: it is left out"]
-    )
+    own = tmp_path / "hf" / "deepseek_jax_tokenizer"
+    ours = {file.name for file in own.iterdir()} if own.exists() else set()
+    assert (there, ours) == ((files, set()) if kept else (set(), files))
+    assert len(said) == (0 if kept else 1)
+    import_hf(tmp_path / "hf", tmp_path / "back")
+    back = {file.name for file in (tmp_path / "back" / "tokenizer").iterdir()}
+    assert back == files
