@@ -52,7 +52,8 @@ class Line:
     y: np.ndarray
     low: np.ndarray | None = None
     high: np.ndarray | None = None
-    style: str = "line"  # line, marked (line with markers), points, mean (big, named)
+    # line, marked (line with markers), points, bar, mean (big, named)
+    style: str = "line"
     place: str = "right"  # of a mean's name: right, left, above, below
 
 

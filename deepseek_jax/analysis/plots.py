@@ -101,7 +101,12 @@ def _height(chart: Chart) -> int:
     return int(np.clip((NAMED_ROW_HEIGHT if named else ROW_HEIGHT) * rows, 220, 720))
 
 
-def _traces(line: Line, *, first: bool) -> list[go.Scatter]:
+def _labels(values: np.ndarray) -> list[str]:
+    """What stands at a bar's end."""
+    return [f"{value:,.4g}" for value in values]
+
+
+def _traces(line: Line, *, first: bool) -> list[go.Scatter | go.Bar]:
     """A line's traces: its band, if it has one, below itself."""
     common = {"x": _compact(line.x), "legendgroup": line.label, "name": line.label}
     traces = []
@@ -118,6 +123,9 @@ def _traces(line: Line, *, first: bool) -> list[go.Scatter]:
                     **common,
                 )
             )
+    if line.style == "bar":
+        shown = {"text": _labels(line.y), "marker_color": line.colour}
+        return [go.Bar(y=_compact(line.y), showlegend=first, **shown, **common)]
     style: dict[str, Any] = {"mode": "lines", "line": {"color": line.colour}}
     if line.style == "marked":
         style |= {"mode": "lines+markers"}
@@ -255,6 +263,9 @@ def _draw(axis: Axes, line: Line) -> None:
             ha="center" if up else "left" if across > 0 else "right",
             va="center" if across else "bottom" if up > 0 else "top",
         )
+    elif line.style == "bar":
+        bars = axis.bar(line.x, line.y, label=line.label, zorder=2, **style)
+        axis.bar_label(bars, _labels(line.y))
     elif line.style == "points":
         axis.plot(line.x, line.y, "o", ms=4, alpha=0.5, **style)
     else:

@@ -1,5 +1,7 @@
 """The command as a user types it: the files it writes, and what it refuses."""
 
+import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -11,20 +13,23 @@ import pytest
 
 import deepseek_jax
 from deepseek_jax.checkpoint import manager, metadata
-from deepseek_jax.eval import logits
+from deepseek_jax.config import DataConfig, MTPConfig
+from deepseek_jax.data.sources import open_corpus
+from deepseek_jax.eval import acceptance, logits
 from deepseek_jax.tokenizer.bytes import Bytes
 from deepseek_jax.train.state import assemble, init_state
 from experiments import common, evaluate
-from tests.factory import small
+from tests.factory import SMALL, small
+from tests.train.corpus import write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = np.random.default_rng(0).integers(0, 61, (3, 7), dtype=np.int32)
 
 
-def checkpoint(workdir, depth):
+def checkpoint(workdir, depth, corpus="corpus", **settings):
     """A run that has been saved at step 3, as training saves it."""
-    config = small(depth=depth)
-    about = metadata.describe(config, "corpus", ("text",), Bytes().hash)
+    config = small(depth=depth, **settings)
+    about = metadata.describe(config, corpus, ("text",), Bytes().hash)
     metadata.write(workdir, about)
     Bytes().save(workdir / "tokenizer")
     with manager.Checkpoints(workdir / "checkpoints") as checkpoints:
@@ -192,9 +197,129 @@ def test_help_suffices(capsys):
             ["logits", "--help"],
             ("--checkpoint", "int32 [B, L]", "float32 [J, B, L, V]", "NaN", "workdir"),
         ),
+        (
+            ["acceptance", "--help"],
+            ("--prompt-tokens", "--depth", "tokens_per_step", "null", "held-out"),
+        ),
     ):
         with pytest.raises(SystemExit) as stop:
             evaluate.main(words)
         text = capsys.readouterr().out
         assert stop.value.code == 0
         assert all(word in text for word in wanted)
+
+
+def speaking(depth):
+    """A model of bytes."""
+    return dataclasses.replace(SMALL, vocab_size=264, mtp=MTPConfig(depth))
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory):
+    """A run with two MTP modules on a corpus of two domains, not trained at all."""
+    folder = tmp_path_factory.mktemp("speaker")
+    source = str(write_corpus(folder / "texts"))
+    data = DataConfig(source=source, tokenizer="bytes", val_fraction=0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPSEEK_JAX_CACHE", str(folder / "cache"))
+        corpus = open_corpus(data)
+        groups = {"data": data, "model": speaking(2)}
+        run = checkpoint(folder / "run", 2, corpus.hash, **groups)
+        yield run, corpus
+
+
+def measuring(run, out, **changes):
+    named = {"checkpoint": run, "out": out, "prompts": 3, "prompt-tokens": 10}
+    named |= {"max-tokens": 12} | changes
+    pairs = [(f"--{name}", str(value)) for name, value in named.items()]
+    return ["acceptance", *(word for pair in pairs for word in pair)]
+
+
+def test_acceptance_by_domain(speaker, tmp_path, capsys):
+    out = tmp_path / "new" / "acceptance.json"
+    evaluate.main(measuring(speaker[0], out, temperature=0.7))
+    heading, *rows = capsys.readouterr().out.splitlines()
+    assert heading.split("  ")[0] == "domain" and "module 2 on text" in heading
+    assert [row.split()[0] for row in rows] == ["code", "speech", "together", "over"]
+    found = json.loads(out.read_text())
+    assert found["settings"] == {
+        "prompts": 3,
+        "prompt-tokens": 10,
+        "max-tokens": 12,
+        "temperature": 0.7,
+        "seed": 0,
+        "depth": 2,
+    }
+    for domain in ("code", "speech"):
+        made = found["domains"][domain]
+        assert made["prompts"] == 3 and len(made["accepted"]) == 2
+        value, steps = made["tokens_per_step"]["value"], made["tokens_per_step"]["of"]
+        assert made["accepted"][0]["of"] == steps
+        assert value * steps <= 3 * 12 and 1 <= value <= 3
+        assert [one["of"] > 100 for one in found["text"][domain]] == [True, True]
+    assert found["together"]["prompts"] == 6 and len(found["spread"]) == 2
+
+
+def test_what_is_not_known_is_not_printed_and_null():
+    nan = float("nan")
+    one = acceptance.Ratio(0.5, nan, 8)
+    made = acceptance.Measured(1, (one,), acceptance.Ratio(1.5, nan, 8))
+    report = acceptance.Report({"a": made}, made, (0.5,), (nan,))
+    assert "±" not in evaluate.table(report, {"a": (one,)})
+    found = json.loads(json.dumps(evaluate.plain(report)), parse_constant=pytest.fail)
+    assert found["domains"]["a"]["accepted"] == [{"value": 0.5, "error": None, "of": 8}]
+    assert found["spread"] == [None]
+
+
+BAD_MEASURES = {
+    "long": ({"prompt-tokens": 9000}, "no held-out document of domain 'code'"),
+    "none": ({"prompts": 0}, "--prompts 0"),
+    "depth": ({"depth": 3}, "depth = 3: must be from 0 to 2"),
+    "no depth": ({"depth": 0}, "depth = 0: must be at least 1"),
+    "tokens": ({"max-tokens": 5000}, "the model's context is 4096"),
+    "hot": ({"temperature": -1}, "temperature = -1.0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MEASURES)
+def test_bad_settings_of_acceptance(case, speaker, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(acceptance.engine, "generate", None)
+    changes, message = BAD_MEASURES[case]
+    words = measuring(speaker[0], tmp_path / "a.json", **changes)
+    code, text = refused(capsys, words)
+    assert code == common.BAD_INPUT and message in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_acceptance_needs_the_corpus_of_the_run(speaker, tmp_path, capsys):
+    source = speaker[0].parent / "texts" / "text.jsonl"
+    whole = source.read_bytes()
+    words = measuring(speaker[0], tmp_path / "a.json")
+    try:
+        source.write_bytes(whole + b'{"text": "one more", "domain": "code"}')
+        code, text = refused(capsys, words)
+        assert code == common.BAD_INPUT and "is another corpus" in text
+        source.unlink()
+        code, text = refused(capsys, words)
+        assert code == common.BAD_INPUT and "no such file" in text
+    finally:
+        source.write_bytes(whole)
+    code, text = refused(capsys, measuring(speaker[0], tmp_path))
+    assert code == common.BAD_INPUT and "is a folder" in text
+
+
+def test_acceptance_needs_modules_and_a_tokenizer(
+    speaker, tmp_path, capsys, monkeypatch
+):
+    run, corpus = speaker
+    config, *loaded, _ = deepseek_jax.load(run)
+    words = measuring(run, tmp_path / "a.json")
+    monkeypatch.setattr(deepseek_jax, "load", lambda path: (config, *loaded, None))
+    code, text = refused(capsys, words)
+    assert code == common.BAD_INPUT and "has no tokenizer" in text
+    monkeypatch.undo()
+    groups = {"data": config.data, "model": speaking(0)}
+    plain = checkpoint(tmp_path / "run", 0, corpus.hash, **groups)
+    monkeypatch.setenv("DEEPSEEK_JAX_CACHE", str(corpus.cache))
+    code, text = refused(capsys, measuring(plain, tmp_path / "a.json"))
+    assert code == common.BAD_INPUT and "speculation needs MTP modules" in text
