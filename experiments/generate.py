@@ -121,6 +121,10 @@ class Stream:
         print(text[len(self.shown) :], end="", flush=True)
         self.shown = text
 
+    def close(self) -> None:
+        """Prints what was held back, if nothing came to complete it."""
+        print(self.tokenizer.decode(self.tokens)[len(self.shown) :])
+
 
 def result(
     report: engine.Report, prompt: str, tokenizer: Tokenizer, per_token: int
@@ -171,6 +175,8 @@ def main(arguments: list[str]) -> None:
     if options.n < 1:
         raise ValueError(f"--n {options.n}: must be at least 1")
     text = read_prompt(options)
+    if not text:
+        raise ValueError("the prompt is empty: give at least one character")
     rules = {name.replace("-", "_") for name in RULES}
     rule = sampling(options.n, **{name: getattr(options, name) for name in rules})
     config, params, balance, tokenizer = deepseek_jax.load(options.checkpoint)
@@ -183,20 +189,22 @@ def main(arguments: list[str]) -> None:
     prompts = [[tokenizer.bos_id, *tokenizer.encode(text)]] * options.n
     context = int(rope.original_length * rope.factor)
     limits = {"depth": depth, "context": context}
-    engine.check(model, prompts, options.max_tokens, **limits)
-    streaming = not options.json and options.n == 1
+    engine.check(model, prompts, options.max_tokens, page=options.page, **limits)
+    weights = forward.split(model, params, balance)
+    del params  # or they would be held twice
+    stream, streaming = Stream(tokenizer), not options.json and options.n == 1
     if streaming:
         print(text, end="", flush=True)
     report = engine.generate(
         model,
-        forward.split(model, params, balance),
+        weights,
         prompts,
         options.max_tokens,
         rule=rule,
         stop=(tokenizer.eos_id,),
         dtype=DTYPES[options.cache_dtype],
         page=options.page,
-        callback=Stream(tokenizer) if streaming else None,
+        callback=stream if streaming else None,
         **limits,
     )
     per_token = engine.bytes_per_token(config.model, depth, DTYPES[options.cache_dtype])
@@ -205,7 +213,7 @@ def main(arguments: list[str]) -> None:
         print(json.dumps(found))
         return
     if streaming:
-        print()
+        stream.close()
     else:
         for number, sample in enumerate(found["samples"], 1):
             print(f"--- sample {number}\n{text}{sample['text']}")

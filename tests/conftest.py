@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/jax-tests")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
+import pytest
 from hypothesis import settings
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -20,3 +21,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 # The same examples in every run, and time to compile.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Every program holds memory maps, of which a process may have some 65,000."""
+    yield
+    jax.clear_caches()

@@ -35,8 +35,12 @@ class Cache(NamedTuple):
 
 
 def bucket(size: int, least: int = 16) -> int:
-    """The power of two, at least `least`, that holds `size`: shapes round up to it."""
-    return max(least, 1 << (size - 1).bit_length())
+    """What shapes round up to: eighths of the power of two that holds `size`.
+
+    So at most a seventh is wasted, but that steps are at least `least`.
+    """
+    step = max(least, (1 << (size - 1).bit_length()) // 8)
+    return -(-size // step) * step
 
 
 def create(
@@ -60,7 +64,7 @@ def create(
     table_BP, shape = None, (len(needs), capacity)
     if page:
         table_BP = assign(needs, page, -(-capacity // page))
-        shape = bucket(int(table_BP.max()) + 1), page
+        shape = bucket(int(table_BP.max()) + 1, 1), page
 
     def layer() -> Layer:
         return Layer(
@@ -74,11 +78,11 @@ def create(
 def assign(needs: Sequence[int], page: int, width: int) -> Array:
     """Consecutive pages for each row, [B, width].
 
-    Where a row needs no page its entries name one more, whose content nobody reads.
+    Entries that a row does not need are 0; nobody looks at them.
     """
     counts = [-(-need // page) for need in needs]
     ends = np.cumsum(counts)
-    table_BP = np.full((len(needs), width), ends[-1], np.int32)
+    table_BP = np.zeros((len(needs), width), np.int32)
     for row, (count, end) in enumerate(zip(counts, ends, strict=True)):
         table_BP[row, :count] = np.arange(end - count, end)
     return jnp.asarray(table_BP)

@@ -67,6 +67,8 @@ def check(
     *,
     depth: int = 0,
     context: int | None = None,
+    page: int = 0,
+    chunk: int | None = None,
 ) -> None:
     """Refuses a request that cannot be served.
 
@@ -79,6 +81,10 @@ def check(
             f"model.attention.kind = {config.attention.kind!r}: decoding needs 'mla', "
             "whose latents the cache holds"
         )
+    if page < 0:
+        raise ValueError(f"page = {page}: must be at least 0 (0 is no pages)")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk = {chunk}: must be at least 1, or None")
     if not prompts:
         raise ValueError("prompts: there are none; give at least one")
     if max_tokens < 1:
@@ -148,8 +154,20 @@ def generate(
     Raises:
       ValueError: see `check`; before anything is compiled.
     """
-    check(model, prompts, max_tokens, depth=depth, context=context)
+    check(
+        model,
+        prompts,
+        max_tokens,
+        depth=depth,
+        context=context,
+        page=page,
+        chunk=chunk,
+    )
     rule = sampling(len(prompts)) if rule is None else rule
+    if len(rule.seed) != len(prompts):
+        raise ValueError(
+            f"rule has {len(rule.seed)} rows: must be {len(prompts)}, one a prompt"
+        )
     started = time.perf_counter()
     state = prefill(
         model,
@@ -173,11 +191,10 @@ def generate(
     while not state.done_B.all():
         state = advance(model, weights, state, rule, limit_B, stop_N, budget)
         if callback:
-            for row, length in enumerate(np.asarray(state.length_B)):
-                if length > told[row]:
-                    new = np.asarray(state.tokens_BS[row, told[row] : length])
-                    callback(row, new.tolist())
-                    told[row] = length
+            tokens_BS, length_B = jax.device_get((state.tokens_BS, state.length_B))
+            for row in np.flatnonzero(length_B > told):
+                callback(int(row), tokens_BS[row, told[row] : length_B[row]].tolist())
+            told = length_B
     jax.block_until_ready(state)
     rows = collect(state, lengths, stop)
     return Report(
@@ -251,8 +268,8 @@ def prefill(
     The first chunk of all rows attends expanded, later ones absorbed.
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    spare = depth + 1  # a step may write drafts past a row's limit
-    needs = [int(length) + max_tokens + spare for length in lengths]
+    # A step may write drafts past a row's limit.
+    needs = [int(length) + max_tokens + depth for length in lengths]
     capacity = bucket(max(needs))
     tokens_BS = np.zeros((len(prompts), capacity), np.int32)
     seen_BV = np.zeros((len(prompts), model.config.vocab_size), np.bool_)
@@ -260,19 +277,19 @@ def prefill(
         tokens_BS[row, : len(prompt)] = prompt
         seen_BV[row, list(prompt)] = True
     cache = caches.create(model.config, needs, depth, dtype=dtype, page=page)
-    kind = weights.embed.dtype
+    kind = jnp.promote_types(weights.embed.dtype, jnp.float32)
     state = State(
         jnp.asarray(tokens_BS),
         jnp.asarray(lengths),
         jnp.zeros(len(prompts), jnp.bool_),
         jnp.asarray(seen_BV),
-        jnp.zeros(tokens_BS.shape, jnp.promote_types(kind, jnp.float32)),
+        jnp.zeros(tokens_BS.shape, kind),
         jnp.zeros((len(prompts), window(depth), model.config.dim), kind),
         cache,
         jnp.zeros(len(prompts), jnp.int32),
         jnp.zeros((len(prompts), depth), jnp.int32),
     )
-    most = bucket(chunk or max(16, CHUNK // len(prompts)))
+    most = chunk or max(16, CHUNK // len(prompts))
     todo, start = int(lengths.max()) - 1, 0
     while start < todo:
         size = min(most, bucket(todo - start))

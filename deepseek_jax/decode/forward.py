@@ -33,7 +33,7 @@ class Weights(NamedTuple):
 
 
 def split(model: Transformer, params: Params, balance: Any) -> Weights:
-    """Takes the stacks of a checkpoint apart."""
+    """Takes the stacks of a checkpoint apart; layers are copies of what they were."""
     config = model.config
 
     def at(tree: Any, i: int) -> Any:
@@ -45,13 +45,10 @@ def split(model: Transformer, params: Params, balance: Any) -> Weights:
         (params[f"mtp_{k}"], at(balance, config.num_moe + k))
         for k in range(config.mtp.depth)
     ]
-    return Weights(
-        jnp.asarray(params["embed"]),
-        jnp.asarray(params["head"]),
-        params["norm"],
-        tuple(dense + moe),
-        tuple(mtp),
+    weights = Weights(
+        params["embed"], params["head"], params["norm"], tuple(dense + moe), tuple(mtp)
     )
+    return jax.tree.map(jnp.asarray, weights)
 
 
 class Window(NamedTuple):

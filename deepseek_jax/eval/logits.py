@@ -33,6 +33,7 @@ class Block(NamedTuple):
     logits_TV: np.ndarray  # float32
 
 
+@functools.cache  # programs are compiled for the model as an object
 def build(config: Config) -> Transformer:
     """The model of a configuration in float32, however it was trained."""
     balancer = balancing.build(config.balance, config.model.moe)

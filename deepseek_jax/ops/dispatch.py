@@ -113,19 +113,27 @@ def experts_blocks(
     *,
     grouped_dot: GroupedDot,
     block: int = 128,
+    joined: bool = True,
 ) -> Array:
     """sum_k weights_TK[:, k] * SwiGLU of expert experts_TK[:, k]: [T, D], dropless.
 
     Args:
       experts_TK: int, distinct within a token.
-      grouped_dot: the Runtime's; called for gate and up at once, then for down.
+      grouped_dot: the Runtime's.
       block: rows a block; larger ones waste more padding and loop less often.
+      joined: gate and up in one product, for which all experts' are copied together.
     """
     placed = layout(experts_TK, len(gate_EDF), block)
     x_nbD = take_rows(x_TD, placed)
-    gate_up_EDF = jnp.concatenate([gate_EDF, up_EDF], -1)
-    gate_up = grouped_dot(x_nbD, gate_up_EDF, placed.expert_n, placed.used)
-    gate_nbF, up_nbF = jnp.split(at_least_f32(gate_up), 2, -1)
+
+    def to_hidden(w_EDF: Array) -> Array:
+        return at_least_f32(grouped_dot(x_nbD, w_EDF, placed.expert_n, placed.used))
+
+    if joined:
+        gate_up = to_hidden(jnp.concatenate([gate_EDF, up_EDF], -1))
+        gate_nbF, up_nbF = jnp.split(gate_up, 2, -1)
+    else:
+        gate_nbF, up_nbF = to_hidden(gate_EDF), to_hidden(up_EDF)
     weight_nb = _row_weights(weights_TK, placed)
     hidden_nbF = jax.nn.silu(gate_nbF) * up_nbF * weight_nb[..., None]
     y_nbD = grouped_dot(hidden_nbF, down_EFD, placed.expert_n, placed.used)
@@ -184,12 +192,16 @@ def experts_by_size(
     """`experts_few` up to FEW_SLOTS slots, `experts_blocks` beyond.
 
     Blocks have `block` rows, or as many as hold an expert's even share of the slots if
-    that power of two is smaller.
+    that power of two is smaller; then copying the experts would not pay.
     """
     share = -(-experts_TK.size // len(gate_EDF))
     rows = min(block, 1 << (share - 1).bit_length())
     few = experts_TK.size <= FEW_SLOTS
-    experts = experts_few if few else functools.partial(experts_blocks, block=rows)
+    experts = (
+        experts_few
+        if few
+        else functools.partial(experts_blocks, block=rows, joined=rows == block)
+    )
     return experts(
         x_TD,
         weights_TK,

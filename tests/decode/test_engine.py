@@ -1,6 +1,9 @@
 """Prefill and steps against the whole model: equal, whatever the chunks and cache."""
 
+import contextlib
 import dataclasses
+import logging
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -95,22 +98,26 @@ def test_the_cache_changes_nothing_in_float64(widths, options):
             np.testing.assert_allclose(row[seen], want[seen], rtol=0, atol=bound)
 
 
-def test_in_float32_but_for_ties_of_the_router():
+@pytest.mark.parametrize("options", [{}, {"chunk": 16, "page": 8}])
+def test_in_float32_but_for_ties_of_the_router(options):
     model, weights, kept = replica.built()
-    rows = prompts([40] * 12)
-    got = stepwise(model, weights, rows, [1, 2])
+    rows = prompts([70, 40, 33, 17, 9, 60, 64, 48])
+    got = stepwise(model, weights, rows, [1, 2], **options)
     with jax.enable_x64(True):
         exact, weights64, _ = replica.built(f64=True)
         margins = [margin(exact, weights64, row) for row in rows]
-    left = total = 0
+    near = left = total = 0
     for row, want, margin_L in zip(got, whole(model, kept, rows), margins, strict=True):
+        row = row[: len(want)]
         seen = ~np.isnan(row[:, 0])
         # A flip changes what later positions see, so those are left out too.
         clear = seen & (np.minimum.accumulate(margin_L) > 1e-6)
         left, total = left + (seen & ~clear).sum(), total + seen.sum()
+        near += (seen & (margin_L <= 1e-6)).sum()
         bound = 2e-5 * np.abs(want).max()
         np.testing.assert_allclose(row[clear], want[clear], rtol=0, atol=bound)
-    assert left < 0.01 * total
+    print(f"{near} of {total} positions near a tie, {left} left out")
+    assert near < 1e-3 * total and left < 0.02 * total
 
 
 def margin(model, weights, row):
@@ -159,14 +166,22 @@ def test_the_cache_holds_nothing_but_latents(page):
     table = 0 if cache.table_BP is None else cache.table_BP.nbytes
     assert caches.num_bytes(cache) == one * tokens + table
     # Rows of 3, 30 and 60 tokens: pages need little more than their sum.
-    assert tokens == (3 * 64 if not page else 128)
+    assert tokens == (3 * 64 if not page else 24 * 4)
 
 
 def test_pages_are_nobody_elses():
     table = np.asarray(caches.assign([3, 9, 4], page=4, width=5))
     own = [table[0, :1], table[1, :3], table[2, :1]]
     assert sorted(np.concatenate(own)) == [0, 1, 2, 3, 4]
-    assert (table[0, 1:] == 5).all() and (table[2, 1:] == 5).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "room"),
+    [(1, 16), (16, 16), (17, 32), (33, 48), (128, 128), (130, 160), (8193, 10240)],
+)
+def test_shapes_round_up_to_eighths_of_powers_of_two(size, room):
+    assert caches.bucket(size) == room
+    assert caches.bucket(5, 1) == 5 and caches.bucket(9, 1) == 10
 
 
 def test_positions_that_are_not_there_are_written_nowhere():
@@ -193,6 +208,47 @@ def test_nothing_is_compiled_again():
         rows = prompts(lengths)
         engine.generate(model, weights, rows, most, depth=1, stop=stop, rule=rule)
     assert engine.extend._cache_size() == engine.advance._cache_size() == 1
+
+
+def test_watching_compiles_nothing_more():
+    """Whatever the numbers of new tokens between two calls."""
+    model, weights, _ = replica.built()
+    heard = []
+
+    def run(most):
+        rule = sampling(3, temperature=1.0)
+        engine.generate(
+            model,
+            weights,
+            prompts([5, 9, 2]),
+            most,
+            depth=2,
+            rule=rule,
+            callback=lambda row, new: heard.append(len(new)),
+        )
+
+    run(20)
+    with jax.log_compiles(), warnings.catch_warnings(record=True):
+        before = len(heard)
+        with count_compilations() as compiled:
+            run(21)
+    assert len(set(heard[before:])) > 3
+    assert compiled == []
+
+
+@contextlib.contextmanager
+def count_compilations():
+    """The names of programs that are compiled inside."""
+    names = []
+    handler = logging.Handler()
+    handler.emit = lambda record: names.append(record.getMessage())
+    log = logging.getLogger("jax._src.interpreters.pxla")
+    log.addHandler(handler)
+    try:
+        yield names
+    finally:
+        log.removeHandler(handler)
+        names[:] = [name for name in names if name.startswith("Compiling")]
 
 
 def test_a_callback_hears_every_token_once():
@@ -222,6 +278,9 @@ def test_a_callback_hears_every_token_once():
         ({"depth": -1}, "depth = -1: must be from 0 to 3"),
         ({"context": 10}, "context is 10; ask for at most 7"),
         ({"context": 2}, "context is 2"),
+        ({"page": -1}, "page = -1: must be at least 0"),
+        ({"chunk": 0}, "chunk = 0: must be at least 1"),
+        ({"rule": sampling(3)}, "rule has 3 rows: must be 1"),
     ],
 )
 def test_bad_requests_are_refused_before_anything_is_compiled(
@@ -253,7 +312,10 @@ def test_the_loop_needs_little_more_than_weights_and_cache(depth):
     def request():
         start = init_state(parts, 0)
         weights = forward.split(parts.model, start.params, start.balance)
-        state = engine.prefill(parts.model, weights, [[1]] * 8, 8180, depth=depth)
+        prompts = [[1] * 16] * 8
+        state = engine.prefill(
+            parts.model, weights, prompts, 8192 - 16 - depth, depth=depth
+        )
         return weights._replace(mtp=weights.mtp[:depth]), state
 
     weights, state = jax.eval_shape(request)
@@ -265,8 +327,28 @@ def test_the_loop_needs_little_more_than_weights_and_cache(depth):
     memory = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     used += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    needed = sum(
-        leaf.size * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves((weights, state.cache))
-    )
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
+    needed += 8 * 8192 * engine.bytes_per_token(config.model, depth, jnp.float32)
     assert used < 1.1 * needed
+
+
+@pytest.mark.parametrize("rows", [16, 40])
+def test_the_loop_copies_no_experts(rows):
+    """Neither with few slots nor with more, at a context too short to hide it."""
+    config = Config(model=presets.mini(), optim=OptimConfig(horizon=1))
+    parts = assemble(config)
+
+    def request():
+        start = init_state(parts, 0)
+        weights = forward.split(parts.model, start.params, start.balance)
+        return weights, engine.prefill(parts.model, weights, [[1, 2]] * rows, 14)
+
+    weights, state = jax.eval_shape(request)
+    numbers = jnp.zeros(rows, jnp.int32)
+    compiled = engine.advance.lower(
+        parts.model, weights, state, sampling(rows), numbers, numbers, numbers[0]
+    ).compile()
+    experts = weights.blocks[-1][0]["moe"]["gate"]
+    logits = rows * config.model.vocab_size * 4
+    room = 2 * experts.size * 4 + 12 * logits
+    assert compiled.memory_analysis().temp_size_in_bytes < room

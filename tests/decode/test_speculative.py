@@ -1,16 +1,24 @@
 """Speculation is lossless: greedy output is the same, samples have the distribution."""
 
 import collections
+import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.decode import engine, speculative
+import deepseek_jax
+from deepseek_jax.convert.hf_import import import_hf
+from deepseek_jax.decode import engine, forward, speculative
 from deepseek_jax.decode import sampling as rules
 from deepseek_jax.decode.sampling import sampling
+from deepseek_jax.eval import logits
 from tests.decode import replica
+from tests.factory import as_f64
+
+FIXTURES = Path(__file__).resolve().parents[1] / "parity" / "fixtures"
 
 
 def prompts(count, seed=7):
@@ -27,7 +35,8 @@ def tokens(report):
 def greedy():
     with jax.enable_x64(True):
         model, weights, _ = replica.built(f64=True)
-        return tokens(engine.generate(model, weights, prompts(200), 24))
+        report = engine.generate(model, weights, prompts(200), 24, dtype=jnp.float64)
+        return tokens(report)
 
 
 @pytest.mark.parametrize(("depth", "page"), [(1, 0), (2, 8), (3, 0)])
@@ -62,6 +71,70 @@ def test_drafts_see_the_past(greedy):
     assert tokens(reports[0]) == tokens(reports[1]) == tokens(reports[2])
     counts = [[(row.steps, row.accepted) for row in each.rows] for each in reports]
     assert counts[0] == counts[1] == counts[2]
+
+
+@pytest.mark.parametrize("input_norm", [True, False])
+def test_drafts_are_what_the_modules_predict(input_norm):
+    """After any number of acceptances, from the shortest prompts on, in float64."""
+    with jax.enable_x64(True):
+        model, weights, (params, balance) = replica.built(f64=True)
+        mtp = dataclasses.replace(model.config.mtp, input_norm=input_norm)
+        model = model.clone(config=dataclasses.replace(model.config, mtp=mtp))
+        rows = [
+            row[:n] for row, n in zip(replica.chain(6, 40, 3), (2, 3, 4, 7, 20, 40))
+        ]
+        rows = [row.tolist() for row in rows]
+        rule = sampling(6, temperature=1.0)
+        state = engine.prefill(
+            model, weights, rows, 30, depth=3, dtype=jnp.float64, chunk=16
+        )
+        limit = state.length_B + 30
+        draft = jax.jit(speculative.draft, static_argnums=0)
+        step = jax.jit(speculative.step, static_argnums=0)
+        whole = jax.jit(lambda *args: model.apply({"params": params}, *args).mtp_JBLD)
+        advances = set()
+        for _ in range(5):
+            _, drafts = draft(model, weights, state, rule)
+            for row, n in enumerate(np.asarray(state.length_B)):
+                known = np.asarray(state.tokens_BS[row, :n])
+                every = np.append(known, drafts.tokens_BJ[row])[None, : n + 2]
+                positions = jnp.arange(n - 1)[None]
+                hidden = whole(jnp.asarray(every), positions, balance)
+                for k in range(3):
+                    want = jax.nn.log_softmax(hidden[k][0, -1] @ params["head"])
+                    got = jax.nn.log_softmax(drafts.logits_BJV[row, k])
+                    np.testing.assert_allclose(got, want, rtol=0, atol=1e-10)
+            after = step(model, weights, state, rule, limit, jnp.asarray([-1]))
+            advances |= set(np.asarray(after.length_B - state.length_B).tolist())
+            state = after
+        assert len(advances) >= 3
+
+
+def test_the_repetition_penalty_knows_the_drafts():
+    with jax.enable_x64(True):
+        model, weights, _ = replica.built(f64=True)
+        rule, options = sampling(40, repetition=1.7), {"dtype": jnp.float64}
+        asked = prompts(40)
+        plain = engine.generate(model, weights, asked, 24, rule=rule, **options)
+        fast = engine.generate(model, weights, asked, 24, rule=rule, depth=2, **options)
+        free = engine.generate(model, weights, asked, 24, depth=2, **options)
+    assert tokens(fast) == tokens(plain) != tokens(free)
+
+
+def test_a_converted_checkpoint_drafts(tmp_path):
+    """DeepSeek's files with an MTP layer after the last one, as V3's layer 61."""
+    import_hf(FIXTURES / "v3_mtp", tmp_path / "run")
+    config, params, balance, _ = deepseek_jax.load(tmp_path / "run")
+    with jax.enable_x64(True):
+        model = logits.build(config)
+        params, balance = as_f64((params, balance))
+        weights = forward.split(model, params, balance)
+        asked = [[1, 5, 9], [2] * 7]
+        greedy = [
+            engine.generate(model, weights, asked, 12, depth=depth, dtype=jnp.float64)
+            for depth in (0, 1)
+        ]
+    assert tokens(greedy[0]) == tokens(greedy[1])
 
 
 def first_differences(a, b):

@@ -131,6 +131,8 @@ def test_a_prompt_from_a_file(run, tmp_path, capsys):
         (("--speculative",), {"depth": 0}, "--depth 0: must be at least 1"),
         ((), {"max-tokens": 0}, "max_tokens = 0: must be at least 1"),
         ((), {"max-tokens": 5000}, "context is 4096; ask for at most 4086"),
+        ((), {"prompt": ""}, "the prompt is empty"),
+        ((), {"page": -1}, "page = -1: must be at least 0"),
         ((), {"n": 0}, "--n 0: must be at least 1"),
         ((), {"temperature": -1}, "temperature = -1.0"),
         ((), {"prompt": None, "prompt-file": "nowhere.txt"}, "there is no such file"),

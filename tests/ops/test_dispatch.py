@@ -174,7 +174,11 @@ def test_blocks_agree_with_the_oracle(routing, block):
     assert_agree(actual, exact(routing), 1e-13)
 
 
-@pytest.mark.parametrize("experts", [experts_dense, experts_blocks, experts_few])
+separate = functools.partial(experts_blocks, joined=False)
+WAYS = [experts_dense, experts_blocks, separate, experts_few]
+
+
+@pytest.mark.parametrize("experts", WAYS)
 @pytest.mark.parametrize("product", [grouped_dot, grouped_dot_oracle])
 def test_experts_and_grouped_dots_go_together(experts, product):
     with jax.enable_x64(True):
