@@ -11,10 +11,10 @@ PYTEST := $(PY) -m pytest -q -n 2 --dist loadfile
 $(shell $(PY) -c '' 2>/dev/null || rm -f $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all parity lint bench notebooks lab clean
+.PHONY: help setup demo test test-all parity lint bench bench-decode notebooks lab clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1	\2/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1	\2/p' Makefile | expand -t 14
 
 setup: $(READY)  ## find Python >= 3.12, make .venv, install everything pinned
 
@@ -41,6 +41,9 @@ lint: setup  ## ruff and mypy
 
 bench: setup  ## tokens/s of a training step on this CPU; ARGS="--peers --json FILE"
 	$(PY) benchmarks/train_cpu.py $(ARGS)
+
+bench-decode: setup  ## tokens/s of generation on this CPU; same ARGS
+	$(PY) benchmarks/decode_cpu.py $(ARGS)
 
 notebooks: setup  ## run every notebook from top to bottom
 	.venv/bin/jupyter execute --timeout=600 notebooks/*.ipynb
