@@ -14,6 +14,7 @@ import typing
 from dataclasses import dataclass, field
 
 Changes = tuple[tuple[int, float], ...]  # (step, value) pairs: from that step on
+Placements = tuple[tuple[str, str], ...]  # (pattern of names, axes of the dimensions)
 
 ATTENTION_KINDS = ("mla", "mha", "gqa")
 SCORES = ("sigmoid", "softmax")
@@ -37,6 +38,9 @@ COMPUTES = ("f32", "bf16")
 ATTENTION_PATHS = ("plain", "chunked")
 EXPERT_PATHS = ("dense", "blocks")
 REMATS = ("none", "products", "full")
+RULES = ("fsdp", "zero1", "ep", "replicated", "decode")
+TRANSPORTS = ("all_to_all", "two_hop", "ragged", "ring")
+PAYLOADS = ("exact", "bf16", "fp8", "fp8_ue8m0")
 
 
 def _check(ok: bool, name: str, value: object, right: str) -> None:
@@ -386,12 +390,35 @@ class RuntimeConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis."""
+    """Devices along each mesh axis, where arrays lie on them, how tokens reach experts.
+
+    A batch's rows are split over all axes, so that each device has its own. Experts are
+    split over `node` x `expert`, where `expert` counts the devices of a node, and each
+    share of them is copied over `data` x `fsdp`; the rules say where the rest lies.
+    `own_rules` come before those of the preset: ("embed$", "-,fsdp") splits the second
+    dimension of what is called embed over fsdp.
+    """
 
     data: int = 1
+    fsdp: int = 1
+    node: int = 1
+    expert: int = 1
+    rules: str = "fsdp"  # see parallel.rules
+    own_rules: Placements = ()
+    transport: str = "all_to_all"  # see parallel.expert
+    payload: str = "exact"  # what a token's copy is sent as
+    capacity: float = 1.5  # room in a buffer, times what an even load needs
 
     def __post_init__(self) -> None:
-        _positive("mesh", self, "data")
+        _positive("mesh", self, "data", "fsdp", "node", "expert", "capacity")
+        _one_of("mesh.rules", self.rules, RULES)
+        _one_of("mesh.transport", self.transport, TRANSPORTS)
+        _one_of("mesh.payload", self.payload, PAYLOADS)
+
+    @property
+    def size(self) -> int:
+        """Devices of the mesh."""
+        return self.data * self.fsdp * self.node * self.expert
 
 
 @dataclass(frozen=True)
@@ -408,12 +435,19 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        rows, parts = self.data.batch, self.train.accumulation * self.mesh.data
+        rows, parts = self.data.batch, self.train.accumulation * self.mesh.size
         _check(
             rows % parts == 0,
             "data.batch",
             rows,
-            f"must be a multiple of train.accumulation x mesh.data = {parts}",
+            f"must be a multiple of train.accumulation x the mesh's devices = {parts}",
+        )
+        shares = self.mesh.node * self.mesh.expert
+        _check(
+            self.model.moe.num_experts % shares == 0,
+            "model.moe.num_experts",
+            self.model.moe.num_experts,
+            f"must be a multiple of mesh.node x mesh.expert = {shares}",
         )
 
 
@@ -469,10 +503,13 @@ def _parse(hint: typing.Any, value: typing.Any, name: str) -> typing.Any:
         _check(hasattr(value, "items"), name, value, "must be a group of settings")
         return from_dict(hint, value, name)
     if isinstance(hint, types.GenericAlias):
+        (left, right), pairs = typing.get_args(typing.get_args(hint)[0]), "step, value"
+        if left is str:
+            pairs = "pattern, axes"
         try:
-            return tuple((int(step), float(new)) for step, new in value)
+            return tuple((left(first), right(second)) for first, second in value)
         except (TypeError, ValueError):
-            _check(False, name, value, "must be (step, value) pairs")
+            _check(False, name, value, f"must be ({pairs}) pairs")
     if hint is float and type(value) is int:
         return float(value)
     _check(type(value) is hint, name, value, f"must be {hint.__name__}")

@@ -53,7 +53,7 @@ LATER = {".posttrain"}
 # Lines of a file and of a function, outside pallas_kernels. The declaration of every
 # setting reads better as one file than as two.
 MAX_FILE = 350
-LONG_FILES = {"deepseek_jax/config.py": 480}
+LONG_FILES = {"deepseek_jax/config.py": 530}
 MAX_FUNCTION = 90
 LONG_FUNCTION, LONG_SHARE = 60, 0.07
 

@@ -15,6 +15,7 @@ KEEP_ONE = {"model.moe.keep_groups": 1}
 LONE_EXPERTS = {"model.moe.num_groups": 256, "model.moe.keep_groups": 8}
 FROZEN = {"balance.strategy": "loss_free_frozen"}
 SIX_PARTS = {"train.accumulation": 3, "mesh.data": 2}
+THREE_SHARES = {"data.batch": 18, "mesh.expert": 3}
 
 # field, impossible value, what the message says is right, other fields that make it so
 REFUSED = [
@@ -86,8 +87,27 @@ REFUSED = [
     ("runtime.experts", "block", "did you mean 'blocks'?", {}),
     ("runtime.remat", "ful", "did you mean 'full'?", {}),
     ("runtime.block", 0, "must be positive", {}),
-    ("mesh.data", 0, "must be positive", {}),
-    ("data.batch", 16, "multiple of train.accumulation x mesh.data = 6", SIX_PARTS),
+    *(
+        (f"mesh.{name}", 0, "must be positive", {})
+        for name in ("data", "fsdp", "node", "expert")
+    ),
+    ("mesh.capacity", 0.0, "must be positive", {}),
+    ("mesh.transport", "alltoall", "did you mean 'all_to_all'?", {}),
+    ("mesh.payload", "fp16", "did you mean 'bf16'?", {}),
+    (
+        "model.moe.num_experts",
+        256,
+        "multiple of mesh.node x mesh.expert = 3",
+        THREE_SHARES,
+    ),
+    ("mesh.rules", "fdsp", "did you mean 'fsdp'?", {}),
+    ("mesh.own_rules", 5, "must be (pattern, axes) pairs", {}),
+    (
+        "data.batch",
+        16,
+        "multiple of train.accumulation x the mesh's devices = 6",
+        SIX_PARTS,
+    ),
 ]
 
 
@@ -139,6 +159,13 @@ def other(name: str, default: object) -> object:
         "runtime.experts": "dense",
         "runtime.remat": "full",
         "mesh.data": 4,
+        "mesh.fsdp": 2,
+        "mesh.node": 2,
+        "mesh.expert": 2,
+        "mesh.rules": "zero1",
+        "mesh.own_rules": (("embed$", "-,fsdp"),),
+        "mesh.transport": "ring",
+        "mesh.payload": "fp8",
     }
     if name in special:
         return special[name]

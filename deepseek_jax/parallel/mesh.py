@@ -1,31 +1,45 @@
-"""The device mesh and the shardings of a training step.
+"""The device mesh: axes `data`, `fsdp`, `node` and `expert`, of which each may be 1.
 
-Parameters are replicated and rows split over `data`; XLA inserts the sums, so that
-loss, loads and biases are those of the whole batch (arXiv:2412.19437, section 3.2 uses
-the same data axis beside pipeline and expert ones).
+A batch's rows are split over all four. Experts are split over `node` and `expert`, the
+two halves of arXiv:2412.19437, section 3.2.2: between nodes links are slow, inside one
+they are fast. `expert` comes last, and devices are taken in JAX's order, process by
+process, so that an expert group fills a node before it goes over to the next.
 """
 
+from collections.abc import Sequence
+
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.config import MeshConfig
 
+AXES = ("data", "fsdp", "node", "expert")
+EXPERTS = ("node", "expert")
 
-def make(config: MeshConfig) -> Mesh:
-    """A mesh over the first `config.data` devices.
+
+def make(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices`, by default all that JAX has, of all processes.
+
+    A mesh of one device takes the first and leaves the others alone.
 
     Raises:
-      ValueError: more devices are asked for than there are.
+      ValueError: the axes do not multiply to the number of devices.
     """
-    devices = jax.devices()
-    if config.data > len(devices):
+    devices = jax.devices() if devices is None else devices
+    if config.size == 1 and jax.process_count() == 1:
+        devices = devices[:1]
+    shape = [getattr(config, axis) for axis in AXES]
+    if config.size != len(devices):
+        product = " x ".join(
+            f"mesh.{axis} = {size}" for axis, size in zip(AXES, shape, strict=True)
+        )
         raise ValueError(
-            f"mesh.data = {config.data}: there are {len(devices)} devices "
+            f"{product} make {config.size} devices: there are {len(devices)} "
             "(JAX_NUM_CPU_DEVICES=n in the environment simulates n on a CPU)"
         )
-    return jax.make_mesh(
-        (config.data,), ("data",), (AxisType.Auto,), devices=devices[: config.data]
-    )
+    types = (AxisType.Auto,) * len(AXES)
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=types)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -34,5 +48,5 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def by_rows(mesh: Mesh) -> NamedSharding:
-    """The leading axis is split over the mesh's `data` axis."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """The leading axis is split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))

@@ -4,6 +4,7 @@ The balancer's state stands beside the parameters, outside the optimizer: no gra
 no decay, never below float32 (arXiv:2412.19437, section 2.1.2).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,14 +45,18 @@ class Parts:
     optimizer: optax.GradientTransformation
 
 
-def assemble(config: Config) -> Parts:
-    """Builds the parts of a run; `optim.horizon` must be resolved (not 0)."""
+def assemble(config: Config, devices: Sequence[jax.Device] | None = None) -> Parts:
+    """Builds the parts of a run; `optim.horizon` must be resolved (not 0).
+
+    Args:
+      devices: of the mesh; by default all that JAX has.
+    """
     balancer = balancing.build(config.balance, config.model.moe)
     rt = runtime.build(config.runtime)
     schedule = learning_rate(config.optim)
     return Parts(
         config,
-        meshes.make(config.mesh),
+        meshes.make(config.mesh, devices),
         Transformer(config.model, rt, balancer),
         balancer,
         schedule,

@@ -60,7 +60,7 @@ def command(*arguments, **environment):
         ),
         (
             (*SMALL, "--config.mesh.data=4"),
-            "mesh.data = 4: there are 1 devices",
+            "mesh.data = 4 x mesh.fsdp = 1 x mesh.node = 1 x mesh.expert = 1 make 4",
         ),
     ],
 )

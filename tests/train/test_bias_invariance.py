@@ -34,7 +34,7 @@ def trained(
         balance=dataclasses.replace(base.balance, strategy=strategy, alpha=0.1),
     )
     with jax.enable_x64(True):
-        parts = assemble(config)
+        parts = assemble(config, jax.devices()[:shards])
         state = as_f64(init_state(parts, 0))
         step, losses, loads = make_step(parts), [], []
         for i in range(STEPS):
