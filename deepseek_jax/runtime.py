@@ -76,7 +76,10 @@ class LatentAttention(Protocol):
 
 
 class Experts(Protocol):
-    """sum_k weights_TK[:, k] SwiGLU of expert experts_TK[:, k]: [T, D], dropless."""
+    """sum_k weights_TK[:, k] SwiGLU of expert experts_TK[:, k]: [T, D], dropless.
+
+    At most `most` slots go anywhere; the others have expert E and weight 0.
+    """
 
     def __call__(
         self,
@@ -89,6 +92,7 @@ class Experts(Protocol):
         /,
         *,
         grouped_dot: GroupedDot,
+        most: int | None = None,
     ) -> Array: ...
 
 

@@ -9,6 +9,7 @@ import argparse
 import ctypes
 import difflib
 import dis
+import importlib
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 from absl import app, flags
@@ -36,6 +38,9 @@ FILE.py, or FILE.py:ARG for a switch of that file such as :smoke. \
 value, --config.optim.mtp_weight_changes='((200, 0.1),)'. deepseek_jax/config.py lists \
 every field with its meaning and default."""
 
+GONE = """\
+another process of this run has ended; its own output says why. The checkpoints are \
+kept, and the same command goes on from the last one"""
 TRACEBACK = "Show where an error came from."
 flags.DEFINE_bool("traceback", False, TRACEBACK)
 
@@ -153,18 +158,46 @@ def guarded(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls `function`, or exits as `run` says."""
     try:
         return function(*arguments)
-    except ValueError as error:
-        if not is_ours(error):
-            raise
-        caught, code = error, BAD_INPUT
-    except (FloatingPointError, OSError) as error:
-        caught, code = error, STOPPED
-    except KeyboardInterrupt as error:
-        caught, code = error, INTERRUPTED
-    if "--traceback" in sys.argv:
-        traceback.print_exception(caught)
-    kind = "" if code == INTERRUPTED else "error: "
-    print(kind + " ".join((str(caught) or "interrupted").split()), file=sys.stderr)
+    except (Exception, KeyboardInterrupt) as error:
+        if (found := foreseen(error)) is None:
+            if not among_others():
+                raise
+            traceback.print_exception(error)
+            end(STOPPED)
+        text, code = found
+        if "--traceback" in sys.argv:
+            traceback.print_exception(error)
+    print(" ".join(text.split()), file=sys.stderr)
+    end(code)
+
+
+def foreseen(error: BaseException) -> tuple[str, int] | None:
+    """What to say of an error, and the exit code; None of one that is a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or "interrupted", INTERRUPTED
+    if among_others() and processes().is_loss(error):
+        return f"error: {GONE}", STOPPED
+    if isinstance(error, ValueError) and is_ours(error):
+        return f"error: {error}", BAD_INPUT
+    if isinstance(error, FloatingPointError | OSError):
+        return f"error: {error}", STOPPED
+    return None
+
+
+def processes() -> ModuleType:
+    """Where several processes agree; not imported by commands that need no JAX."""
+    return importlib.import_module("deepseek_jax.parallel.processes")
+
+
+def among_others() -> bool:
+    """Whether this is one of several processes of a run."""
+    return "jax" in sys.modules and processes().several()
+
+
+def end(code: int) -> NoReturn:
+    """Exits; without waiting for the other processes of a run, if there are any."""
+    if among_others():
+        processes().leave(code)
     sys.exit(code)
 
 

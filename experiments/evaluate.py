@@ -4,6 +4,8 @@
         --out logits.npy [--mtp]
     python -m experiments.evaluate acceptance --checkpoint runs/tiny \\
         --out acceptance.json [--temperature 0.8]
+    python -m experiments.evaluate placement --checkpoint runs/tiny --devices 8 \\
+        --nodes 2 [--replicas 24] [--json placement.json] [--plot placement.png]
 
 `COMMAND --help` says what a command reads and writes.
 """
@@ -27,7 +29,7 @@ from deepseek_jax.data.sources import open_corpus
 from deepseek_jax.decode import forward
 from deepseek_jax.eval import acceptance, logits
 from deepseek_jax.files import replacing, write_text
-from experiments import common
+from experiments import common, placement
 
 CHECKPOINT = (
     "a run's workdir (the newest good checkpoint counts), its checkpoints/, one step "
@@ -266,7 +268,7 @@ def table(
     )
 
 
-COMMANDS = (add_logits, add_acceptance)
+COMMANDS = (add_logits, add_acceptance, placement.add)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,7 +7,18 @@
 The prompt is the beginning of a document: the tokenizer's bos goes before it, and eos
 ends a sample. --speculative lets the MTP modules draft, which changes the speed and
 neither greedy output (but where two tokens are equally likely within rounding) nor the
-distribution of samples. Speed and acceptance come last, on stderr.
+distribution of samples. Everything is computed in float32.
+
+Figures come last, on stderr. tokens/s is of decoding alone: loading, compilation, the
+prompt and printing don't count. With --speculative also: the share of draft 1, 2, ..
+that was accepted, of how often it was judged (where those before it were accepted);
+tokens per step; and the speed-up over plain decoding, for which the middle of each
+sample, 128 tokens at most, is decoded again without drafts, in the same process and
+after compilation. --no-compare saves the seconds that this takes.
+
+--json prints, in place of all that, {prompt, samples: [{text, tokens, log_probs,
+stopped}], tokens_per_s, tokens_per_step, acceptance, speed: {step_s, plain_step_s,
+speed_up}, ...}; log_probs are the model's own, before temperature and other rules.
 """
 
 import argparse
@@ -17,9 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import deepseek_jax
-from deepseek_jax.decode import engine, forward, speculative
+from deepseek_jax.checkpoint import folders, manager, metadata
+from deepseek_jax.config import Config
+from deepseek_jax.decode import engine, forward, speculative, speed
 from deepseek_jax.decode.cache import DTYPES
-from deepseek_jax.decode.sampling import sampling
+from deepseek_jax.decode.sampling import Sampling, sampling
 from deepseek_jax.eval import logits
 from deepseek_jax.tokenizer import Tokenizer
 from experiments import common
@@ -47,29 +60,44 @@ def parser() -> argparse.ArgumentParser:
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE")
     found.add_argument(
-        "--max-tokens", type=int, default=128, metavar="N", help="of a sample; 128"
+        "--max-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="most tokens of a sample, after the prompt (default 128)",
     )
     found.add_argument(
-        "--n", type=int, default=1, metavar="K", help="samples of the prompt; 1"
+        "--n", type=int, default=1, metavar="K", help="samples (default 1)"
     )
     found.add_argument(
-        "--speculative", action="store_true", help="let MTP modules draft"
+        "--speculative", action="store_true", help="let the MTP modules draft"
     )
     found.add_argument(
         "--depth", type=int, metavar="J", help="drafts a step; all modules by default"
     )
     found.add_argument(
-        "--cache-dtype", choices=tuple(DTYPES), default="f32", help="f32"
+        "--no-compare",
+        action="store_true",
+        help="don't time plain decoding for the speed-up",
     )
     found.add_argument(
-        "--page", type=int, default=0, metavar="N", help="tokens a cache page; 0: none"
+        "--cache-dtype", choices=tuple(DTYPES), default="f32", help="(default f32)"
     )
     found.add_argument(
-        "--json", action="store_true", help="one JSON object on stdout, no streaming"
+        "--page",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens of a cache page; 0 is one piece a sample (default 0)",
     )
+    found.add_argument("--json", action="store_true", help="one JSON object on stdout")
     for name, (kind, default, about) in RULES.items():
         found.add_argument(
-            f"--{name}", type=kind, default=default, help=f"{about}; {default}"
+            f"--{name}",
+            type=kind,
+            default=default,
+            metavar="X",
+            help=f"{about} (default {default:g})",
         )
     return found
 
@@ -126,8 +154,29 @@ class Stream:
         print(self.tokenizer.decode(self.tokens)[len(self.shown) :])
 
 
+def announce(options: argparse.Namespace, config: Config, longest: int) -> None:
+    """Says on stderr what takes time, and if positions come that training never had.
+
+    A converted checkpoint doesn't tell how long the rows of its training were.
+    """
+    about = manager.read_config(*folders.resolve(options.checkpoint))
+    if about["kind"] == metadata.KIND and longest > config.data.length:
+        print(
+            f"warning: the model was trained on rows of {config.data.length} tokens "
+            f"(data.length); prompt and --max-tokens come to {longest}, and what lies "
+            "beyond may be poor",
+            file=sys.stderr,
+        )
+    if not options.json:
+        print("compiling", file=sys.stderr)
+
+
 def result(
-    report: engine.Report, prompt: str, tokenizer: Tokenizer, per_token: int
+    report: engine.Report,
+    gain: speed.Gain | None,
+    prompt: str,
+    tokenizer: Tokenizer,
+    per_token: int,
 ) -> dict[str, Any]:
     """What --json prints."""
     tokens = sum(len(row.tokens) for row in report.rows)
@@ -150,6 +199,7 @@ def result(
         "tokens_per_s": tokens / report.decode_s,
         "tokens_per_step": tokens / steps,
         "acceptance": speculative.acceptance(report.rows),
+        "speed": gain._asdict() if gain else None,
         "cache_bytes": report.cache_bytes,
         "cache_bytes_per_token": per_token,
     }
@@ -167,7 +217,60 @@ def summary(found: dict[str, Any]) -> str:
         line += f", draft {k} accepted {share:.0%}"
     if found["acceptance"]:
         line += f", {found['tokens_per_step']:.2f} tokens/step"
+    if gain := found["speed"]:
+        line += (
+            f", speed-up {gain['speed_up']:.2f}x ({1e3 * gain['step_s']:.3g} ms a "
+            f"step, {1e3 * gain['plain_step_s']:.3g} ms without drafts)"
+        )
     return line
+
+
+def generate(options: argparse.Namespace, text: str, rule: Sampling) -> dict[str, Any]:
+    """Shows samples as they come, or at last, and returns what --json prints.
+
+    Raises:
+      ValueError: a request that cannot be served; before anything is compiled.
+    """
+    config, params, balance, tokenizer = deepseek_jax.load(options.checkpoint)
+    if tokenizer is None:
+        raise ValueError(
+            f"--checkpoint {options.checkpoint}: has no tokenizer, which text needs"
+        )
+    model, rope = logits.build(config), config.model.attention.rope
+    depth = drafts(options, config.model.mtp.depth)
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)]] * options.n
+    context = int(rope.original_length * rope.factor)
+    limits: dict[str, Any] = {"depth": depth, "context": context}
+    engine.check(model, prompts, options.max_tokens, page=options.page, **limits)
+    weights = forward.split(model, params, balance)
+    del params  # or they would be held twice
+    announce(options, config, len(prompts[0]) + options.max_tokens)
+    stream = None if options.json or options.n > 1 else Stream(tokenizer)
+    if stream:
+        print(text, end="", flush=True)
+    dtype = DTYPES[options.cache_dtype]
+    how: dict[str, Any] = {"rule": rule, "dtype": dtype, "page": options.page}
+    report = engine.generate(
+        model,
+        weights,
+        prompts,
+        options.max_tokens,
+        stop=(tokenizer.eos_id,),
+        callback=stream,
+        **limits,
+        **how,
+    )
+    if stream:
+        stream.close()
+    elif not options.json:
+        for number, row in enumerate(report.rows, 1):
+            print(f"--- sample {number}\n{text}{tokenizer.decode(row.tokens)}")
+    gain = None
+    if depth and not options.no_compare:
+        how["callback"] = (lambda row, tokens: None) if stream else None
+        gain = speed.compare(model, weights, prompts, report, **how)
+    per_token = engine.bytes_per_token(config.model, depth, dtype)
+    return result(report, gain, text, tokenizer, per_token)
 
 
 def main(arguments: list[str]) -> None:
@@ -179,45 +282,11 @@ def main(arguments: list[str]) -> None:
         raise ValueError("the prompt is empty: give at least one character")
     rules = {name.replace("-", "_") for name in RULES}
     rule = sampling(options.n, **{name: getattr(options, name) for name in rules})
-    config, params, balance, tokenizer = deepseek_jax.load(options.checkpoint)
-    if tokenizer is None:
-        raise ValueError(
-            f"--checkpoint {options.checkpoint}: has no tokenizer, which text needs"
-        )
-    model, rope = logits.build(config), config.model.attention.rope
-    depth = drafts(options, config.model.mtp.depth)
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)]] * options.n
-    context = int(rope.original_length * rope.factor)
-    limits = {"depth": depth, "context": context}
-    engine.check(model, prompts, options.max_tokens, page=options.page, **limits)
-    weights = forward.split(model, params, balance)
-    del params  # or they would be held twice
-    stream, streaming = Stream(tokenizer), not options.json and options.n == 1
-    if streaming:
-        print(text, end="", flush=True)
-    report = engine.generate(
-        model,
-        weights,
-        prompts,
-        options.max_tokens,
-        rule=rule,
-        stop=(tokenizer.eos_id,),
-        dtype=DTYPES[options.cache_dtype],
-        page=options.page,
-        callback=stream if streaming else None,
-        **limits,
-    )
-    per_token = engine.bytes_per_token(config.model, depth, DTYPES[options.cache_dtype])
-    found = result(report, text, tokenizer, per_token)
+    found = generate(options, text, rule)
     if options.json:
         print(json.dumps(found))
-        return
-    if streaming:
-        stream.close()
     else:
-        for number, sample in enumerate(found["samples"], 1):
-            print(f"--- sample {number}\n{text}{sample['text']}")
-    print(summary(found), file=sys.stderr)
+        print(summary(found), file=sys.stderr)
 
 
 if __name__ == "__main__":

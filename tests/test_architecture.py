@@ -39,7 +39,7 @@ MAY_IMPORT = {
     ".train": f"{CORE} .presets .schedule .ops .precision .runtime .model .parallel"
     " .data .tokenizer .optim .checkpoint .eval jax numpy optax tensorboardX",
     ".decode": f"{CORE} .model .ops .runtime jax numpy",
-    ".eval": f"{CORE} .model .ops .runtime .decode jax numpy",
+    ".eval": f"{CORE} .model .ops .runtime .decode .parallel.eplb jax numpy",
     ".posttrain": f"{CORE} .train .decode .data .ops .optim jax numpy optax",
     ".analysis": f"{CORE} .parallel.pipeline numpy",
     ".analysis.plots*": f"{CORE} numpy matplotlib plotly",

@@ -2,7 +2,8 @@
 
 What lies where on the disk, and how damage is found, stands in `folders`. A save ends
 with the digests of its files and then one rename, so a checkpoint is whole or not
-there. The report (arXiv:2412.19437) says nothing about checkpoints.
+there. Several processes save and restore together, each its parts of the arrays; the
+first does all else. The report (arXiv:2412.19437) says nothing about checkpoints.
 """
 
 import errno
@@ -18,6 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
+from deepseek_jax.checkpoint.barrier import Barrier, reading
 from deepseek_jax.checkpoint.folders import (
     ITEMS,
     Say,
@@ -27,6 +29,7 @@ from deepseek_jax.checkpoint.folders import (
     steps,
     write_digests,
 )
+from deepseek_jax.parallel import processes
 
 UNFINISHED = ".orbax-checkpoint-tmp*"  # appended by Orbax until a save is whole
 CHUNK = 64 << 20  # bytes of an array that are stored together, at most
@@ -67,7 +70,7 @@ def read_config(root: Path, step: int | None = None) -> dict[str, Any]:
 
 
 def _read_config(root: Path, step: int) -> dict[str, Any]:
-    with _checkpointer() as reader:
+    with reading(alone=True) as reader:
         args = ocp.args.Composite(config=ocp.args.JsonRestore())
         config: dict[str, Any] = reader.restore(root / str(step), args=args)["config"]
     return config
@@ -103,21 +106,21 @@ def restore(
     Raises:
       ValueError: as `folders.choose`; or what `accept` raises.
     """
-    chosen = choose(root, step, say)
-    if chosen is None:
-        return None
-    accept(_read_config(root, chosen))
-    return _read(root, chosen, like, partial)
+
+    def pick() -> int | None:
+        chosen = choose(root, step, say)
+        if chosen is not None:
+            accept(_read_config(root, chosen))
+        return chosen
+
+    chosen = processes.first(pick)
+    return None if chosen is None else _read(root, chosen, like, partial)
 
 
 def _chunks(leaf: Any) -> ocp.SaveArgs:
     """Layers and experts apart, so that a slice of a large array can be read alone."""
     stacked = tuple(range(max(leaf.ndim - 2, 0)))
     return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=stacked)
-
-
-def _checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
 
 def _read(root: Path, step: int, like: Any, partial: bool) -> Restored:
@@ -129,7 +132,7 @@ def _read(root: Path, step: int, like: Any, partial: bool) -> Restored:
 
     targets = jax.tree.map(target, like)
     arguments = ocp.checkpoint_utils.construct_restore_args(targets)
-    with _checkpointer() as reader:
+    with reading() as reader:
         items = reader.restore(
             root / str(step),
             args=ocp.args.Composite(
@@ -194,8 +197,8 @@ class Checkpoints:
     ):
         self.root, self.say = root.absolute(), say
         self.saving: int | None = None
-        self._remove_unfinished()  # Orbax can too, but only behind our back
-        self._set_damaged_aside()
+        processes.first(self._clean)
+        self.barrier = Barrier()
         policies = ocp.checkpoint_managers
         best = policies.BestN(
             get_metric_fn=_eval_ce,
@@ -210,7 +213,10 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=keep,
                 best_fn=_eval_ce,  # else Orbax keeps metrics in memory only
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+                async_options=ocp.AsyncOptions(
+                    barrier_sync_fn=self.barrier,
+                    post_finalization_callback=self._seal,
+                ),
             ),
         )
 
@@ -237,7 +243,7 @@ class Checkpoints:
           DiskFull: this save or the one before met a full disk.
         """
         self.wait()
-        self.saving = step
+        self.saving, self.barrier.committed = step, False
         with self._told():
             self.manager.save(
                 step,
@@ -261,9 +267,15 @@ class Checkpoints:
         self.saving = None
 
     def _seal(self) -> None:
-        """Orbax calls it with all items on disk, under the folder's temporary name."""
+        """Orbax calls it, in the first process, with all items on disk, under the
+        folder's temporary name.
+        """
         [folder] = self.root.glob(f"{self.saving}{UNFINISHED}")
         write_digests(folder)
+
+    def _clean(self) -> None:
+        self._remove_unfinished()  # Orbax can too, but only behind our back
+        self._set_damaged_aside()
 
     def _remove_unfinished(self) -> None:
         for folder in self.root.glob(f"*{UNFINISHED}"):
@@ -284,7 +296,8 @@ class Checkpoints:
         except Exception as error:
             if not is_disk_full(error):
                 raise
-            self._remove_unfinished()
+            if processes.is_first():
+                self._remove_unfinished()
             good = newest_good(self.root)
             last = (
                 "there is none before it"

@@ -47,7 +47,8 @@ class Generation(NamedTuple):
     log_probs: list[float]  # of each, under the model without any sampling rule
     stopped: bool  # by a stop token, not by the limit
     steps: int  # forward passes of the main model after prefill
-    accepted: list[int]  # how often the first 1, 2, .. J drafts were accepted
+    judged: list[int]  # how often draft 1, 2, .. J was one that could be kept
+    accepted: list[int]  # how often it was; see `speculative.acceptance`
 
 
 class Report(NamedTuple):
@@ -56,7 +57,7 @@ class Report(NamedTuple):
     rows: list[Generation]
     prefill_s: float  # its compilation, the first time, included
     compile_s: float  # of the loop; next to nothing when it is compiled already
-    decode_s: float
+    decode_s: float  # without what a callback took
     cache_bytes: int
 
 
@@ -186,22 +187,25 @@ def generate(
     prefilled = time.perf_counter()
     state = advance(model, weights, state, rule, limit_B, stop_N, jnp.int32(0))
     jax.block_until_ready(state)
-    compiled, told = time.perf_counter(), lengths.copy()
+    compiled, told, paused_s = time.perf_counter(), lengths.copy(), 0.0
     budget = jnp.int32(SLICE if callback else np.iinfo(np.int32).max)
     while not state.done_B.all():
         state = advance(model, weights, state, rule, limit_B, stop_N, budget)
         if callback:
             tokens_BS, length_B = jax.device_get((state.tokens_BS, state.length_B))
+            paused = time.perf_counter()
             for row in np.flatnonzero(length_B > told):
                 callback(int(row), tokens_BS[row, told[row] : length_B[row]].tolist())
             told = length_B
+            paused_s += time.perf_counter() - paused
     jax.block_until_ready(state)
+    ended = time.perf_counter()
     rows = collect(state, lengths, stop)
     return Report(
         rows,
         prefilled - started,
         compiled - prefilled,
-        time.perf_counter() - compiled,
+        ended - compiled - paused_s,
         caches.num_bytes(state.cache),
     )
 
@@ -224,6 +228,7 @@ def collect(state: State, lengths: np.ndarray, stop: Sequence[int]) -> list[Gene
                 log_prob_BS[row, lengths[row] : end].tolist(),
                 new[-1] in stop,
                 int(state.steps_B[row]),
+                np.asarray(state.judged_BJ[row]).tolist(),
                 np.asarray(state.accepted_BJ[row]).tolist(),
             )
         )
@@ -287,6 +292,7 @@ def prefill(
         jnp.zeros((len(prompts), window(depth), model.config.dim), kind),
         cache,
         jnp.zeros(len(prompts), jnp.int32),
+        jnp.zeros((len(prompts), depth), jnp.int32),
         jnp.zeros((len(prompts), depth), jnp.int32),
     )
     most = chunk or max(16, CHUNK // len(prompts))

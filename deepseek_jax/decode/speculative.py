@@ -12,7 +12,6 @@ n-k .. n-2 came from drafts, and those after them in the next round are new, at 
 J + k in all: so each round has every module do the whole window again.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -46,7 +45,8 @@ class State(NamedTuple):
     hidden_BWD: Array
     cache: Cache
     steps_B: Array  # verifications
-    accepted_BJ: Array  # how many of them accepted the first 1, 2, .. J drafts
+    judged_BJ: Array  # how often draft 1, 2, .. J was one that the output could keep
+    accepted_BJ: Array  # and how often it kept it
 
 
 class Drafts(NamedTuple):
@@ -62,12 +62,17 @@ def window(depth: int) -> int:
 
 
 def acceptance(rows: Sequence[Any]) -> list[float]:
-    """Share of steps at which draft 1, 2, .. J was accepted, of those at which all
-    drafts before it were; `rows` are `engine.Generation`s.
+    """Share of draft 1, 2, .. J that was accepted, of how often it was judged.
+
+    A draft is judged where all before it were accepted, none of them stopped the row
+    and its place is within the limit: what lies past the output counts nowhere.
+
+    Args:
+      rows: `engine.Generation`s.
     """
-    counts = [sum(row.steps for row in rows)]
-    counts += [sum(each) for each in zip(*(row.accepted for row in rows), strict=True)]
-    return [here / max(before, 1) for before, here in itertools.pairwise(counts)]
+    accepted = [sum(each) for each in zip(*(row.accepted for row in rows), strict=True)]
+    judged = [sum(each) for each in zip(*(row.judged for row in rows), strict=True)]
+    return [part / max(whole, 1) for part, whole in zip(accepted, judged, strict=True)]
 
 
 def mtp_input(model: Transformer, weights: Weights, x_BLD: Array) -> Array:
@@ -138,7 +143,6 @@ def step(
     token_BL = jnp.where(keep_BL, new_BL, NOWHERE)
     log_p_BL = sampling.log_prob(raw_BLV, new_BL)
     length_B = state.length_B + kept_B
-    accepted_BJ = _first(count_B - 1, depth) & ~state.done_B[:, None]
     return State(
         state.tokens_BS.at[rows, place_BL].set(new_BL, mode="drop"),
         length_B,
@@ -148,7 +152,8 @@ def step(
         _shifted(state.hidden_BWD, mtp_input(model, weights, x_BLD), kept_B),
         cache,
         state.steps_B + ~state.done_B,
-        state.accepted_BJ + accepted_BJ,
+        state.judged_BJ + _first(kept_B, depth),
+        state.accepted_BJ + _first(jnp.minimum(kept_B, count_B - 1), depth),
     )
 
 

@@ -39,7 +39,7 @@ class Measured(NamedTuple):
     """What speculation came to on some prompts."""
 
     prompts: int
-    accepted: tuple[Ratio, ...]  # draft k = 1..J, of those that came to be looked at
+    accepted: tuple[Ratio, ...]  # draft k = 1..J, as in `speculative.acceptance`
     tokens_per_step: Ratio
 
 
@@ -65,11 +65,11 @@ def ratio(parts: ArrayLike, wholes: ArrayLike) -> Ratio:
 
 
 def summarize(rows: Sequence[engine.Generation]) -> Measured:
-    """Acceptance, as in `speculative.acceptance`, and tokens a step, with errors."""
-    steps = [row.steps for row in rows]
-    counts = np.array([[row.steps, *row.accepted] for row in rows]).T
-    accepted = tuple(map(ratio, counts[1:], counts[:-1]))
-    made = [len(row.tokens) for row in rows]
+    """Acceptance and tokens a step, with errors."""
+    accepted_JN = zip(*(row.accepted for row in rows), strict=True)
+    judged_JN = zip(*(row.judged for row in rows), strict=True)
+    made, steps = [len(row.tokens) for row in rows], [row.steps for row in rows]
+    accepted = tuple(map(ratio, accepted_JN, judged_JN))
     return Measured(len(rows), accepted, ratio(made, steps))
 
 

@@ -128,7 +128,7 @@ class Transformer(nn.Module):
         totals = count(valid) if totals is None else totals
         segment_BL = None if segment_BS is None else segment_BS[:, :length]
 
-        x_BSD = embed(self.embed, tokens_BS)
+        x_BSD = embed(self.rt.constrain(self.embed, "embed"), tokens_BS)
         x_BLD = self.rt.constrain(x_BSD[:, :length], "hidden")
         at = self.config.attention
         by = rotation(at.rope, at.rope_dim, position_BL, x_BLD.dtype)

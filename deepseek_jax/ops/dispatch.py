@@ -7,6 +7,9 @@ arXiv:2211.15841), so that no token is ever dropped. `experts_few` suits the few
 of a decoding step: a block of one row for each slot, so nothing is sorted, padded or
 copied. The routing weight multiplies the activation before the down projection, which
 is the same sum and saves keeping the expert outputs.
+
+A slot may also go nowhere: its expert is E and its weight 0. So a device that holds E
+of all experts computes those slots of a batch that are its own (`parallel.expert`).
 """
 
 import functools
@@ -23,27 +26,51 @@ GroupedDot = Callable[[Array, Array, Array, Array], Array]
 FEW_SLOTS = 64  # where reading an expert's weights again costs what sorting costs
 
 
+class Sorted(NamedTuple):
+    """M keys in 0 .. n in order, where n stands for none of the n groups."""
+
+    order_M: Array  # which key comes at each place
+    rank_M: Array  # the place of each key
+    count_n: Array  # keys of each group
+    start_n: Array  # place of its first
+
+
+def sort(key_M: Array, groups: int) -> Sorted:
+    """Sorts keys, stably."""
+    size = len(key_M)
+    order_M = jnp.argsort(key_M, stable=True)
+    count_n = jnp.bincount(key_M, length=groups)
+    rank_M = (
+        jnp.zeros(size, jnp.int32)
+        .at[order_M]
+        .set(jnp.arange(size, dtype=jnp.int32), unique_indices=True)
+    )
+    return Sorted(order_M, rank_M, count_n, jnp.cumsum(count_n) - count_n)
+
+
 class Layout(NamedTuple):
     """Where each routed slot's row lies. n blocks of b rows; M = T*K slots."""
 
     expert_n: Array  # [n] the expert whose weights block i needs
     used: Array  # scalar, leading blocks that hold rows
     slot_nb: Array  # [n, b] the slot m = t*K + k in each row, M where it is padding
-    row_TK: Array  # [T, K] the row (0 .. n*b - 1) of each slot
+    row_TK: Array  # [T, K] the row (0 .. n*b - 1) of each slot, n*b if it goes nowhere
 
 
-def layout(experts_TK: Array, num_experts: int, block: int) -> Layout:
+def layout(
+    experts_TK: Array, num_experts: int, block: int, most: int | None = None
+) -> Layout:
     """Sorts slots by expert, stably, and pads each expert's rows to whole blocks.
 
-    There are enough blocks, at least ceil(M / block) + min(num_experts, M), for any
-    routing whatever.
+    There are enough blocks, at least ceil(most / block) + min(num_experts, most), for
+    any routing whatever of `most` slots, by default all.
     """
     slots = experts_TK.size
+    most = slots if most is None else most
     expert_M = experts_TK.reshape(-1)
-    num_blocks = -(-slots // block) + min(num_experts, slots)
+    num_blocks = -(-most // block) + min(num_experts, most)
     num_blocks += -num_blocks % 4
-    sorted_M = jnp.argsort(expert_M, stable=True)
-    count_E = jnp.bincount(expert_M, length=num_experts)
+    sorted_M, rank_M, count_E, sorted_E = sort(expert_M, num_experts)
     blocks_E = -(-count_E // block)
     end_E = jnp.cumsum(blocks_E)
     expert_n = jnp.searchsorted(end_E, jnp.arange(num_blocks), side="right")
@@ -51,19 +78,14 @@ def layout(experts_TK: Array, num_experts: int, block: int) -> Layout:
 
     # Rows before expert e: `padded_E` in the blocks, `sorted_E` among the sorted slots.
     padded_E = (end_E - blocks_E) * block
-    sorted_E = jnp.cumsum(count_E) - count_E
     row_nb = jnp.arange(num_blocks * block).reshape(num_blocks, block)
     rank_nb = row_nb - padded_E[expert_n][:, None]
     position_nb = jnp.minimum(sorted_E[expert_n][:, None] + rank_nb, slots - 1)
     filled_nb = rank_nb < count_E[expert_n][:, None]
     slot_nb = jnp.where(filled_nb, sorted_M[position_nb], slots)
 
-    rank_M = (
-        jnp.zeros(slots, jnp.int32)
-        .at[sorted_M]
-        .set(jnp.arange(slots, dtype=jnp.int32), unique_indices=True)
-    )
     row_M = padded_E[expert_M] + rank_M - sorted_E[expert_M]
+    row_M = jnp.where(expert_M < num_experts, row_M, row_nb.size)
     return Layout(expert_n, end_E[-1], slot_nb, row_M.reshape(experts_TK.shape))
 
 
@@ -89,7 +111,8 @@ take_rows.defvjp(_take_forward, _take_backward)
 @jax.custom_vjp
 def sum_rows(y_nbD: Array, placed: Layout) -> Array:
     """Adds each token's K rows: [T, D]. The transpose of `take_rows`, also a gather."""
-    return jnp.take(y_nbD.reshape(-1, y_nbD.shape[-1]), placed.row_TK, axis=0).sum(1)
+    y_RD = y_nbD.reshape(-1, y_nbD.shape[-1])
+    return jnp.take(y_RD, placed.row_TK, axis=0, mode="fill", fill_value=0).sum(1)
 
 
 def _sum_forward(y_nbD: Array, placed: Layout) -> tuple[Array, Layout]:
@@ -112,18 +135,20 @@ def experts_blocks(
     down_EFD: Array,
     *,
     grouped_dot: GroupedDot,
+    most: int | None = None,
     block: int = 128,
     joined: bool = True,
 ) -> Array:
     """sum_k weights_TK[:, k] * SwiGLU of expert experts_TK[:, k]: [T, D], dropless.
 
     Args:
-      experts_TK: int, distinct within a token.
+      experts_TK: int, distinct within a token; E where a slot goes nowhere.
       grouped_dot: the Runtime's.
+      most: the number of slots that go somewhere, at most; None: all may.
       block: rows a block; larger ones waste more padding and loop less often.
       joined: gate and up in one product, for which all experts' are copied together.
     """
-    placed = layout(experts_TK, len(gate_EDF), block)
+    placed = layout(experts_TK, len(gate_EDF), block, most)
     x_nbD = take_rows(x_TD, placed)
 
     def to_hidden(w_EDF: Array) -> Array:
@@ -152,7 +177,8 @@ def _weights_forward(weights_TK: Array, placed: Layout) -> tuple[Array, Layout]:
 
 
 def _weights_backward(placed: Layout, g_nb: Array) -> tuple[Array, None]:
-    return g_nb.reshape(-1)[placed.row_TK], None
+    g_R = g_nb.reshape(-1)
+    return jnp.take(g_R, placed.row_TK, mode="fill", fill_value=0), None
 
 
 _row_weights.defvjp(_weights_forward, _weights_backward)
@@ -167,6 +193,7 @@ def experts_few(
     down_EFD: Array,
     *,
     grouped_dot: GroupedDot,
+    most: int | None = None,
 ) -> Array:
     """What `experts_blocks` computes, one row at a time."""
     expert_M, used = experts_TK.reshape(-1), jnp.asarray(experts_TK.size)
@@ -187,6 +214,7 @@ def experts_by_size(
     down_EFD: Array,
     *,
     grouped_dot: GroupedDot,
+    most: int | None = None,
     block: int = 128,
 ) -> Array:
     """`experts_few` up to FEW_SLOTS slots, `experts_blocks` beyond.
@@ -194,7 +222,7 @@ def experts_by_size(
     Blocks have `block` rows, or as many as hold an expert's even share of the slots if
     that power of two is smaller; then copying the experts would not pay.
     """
-    share = -(-experts_TK.size // len(gate_EDF))
+    share = -(-(most or experts_TK.size) // len(gate_EDF))
     rows = min(block, 1 << (share - 1).bit_length())
     few = experts_TK.size <= FEW_SLOTS
     experts = (
@@ -210,6 +238,7 @@ def experts_by_size(
         up_EDF,
         down_EFD,
         grouped_dot=grouped_dot,
+        most=most,
     )
 
 
@@ -222,6 +251,7 @@ def experts_dense(
     down_EFD: Array,
     *,
     grouped_dot: GroupedDot,
+    most: int | None = None,
 ) -> Array:
     """The oracle: every expert on every token, as E blocks of T rows."""
     num_experts = len(gate_EDF)

@@ -4,6 +4,7 @@ Loads are integer counts of valid tokens summed over the set, so MaxVio_global i
 one of arXiv:2408.15664 (the load of the whole set, then the violation).
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from deepseek_jax.data.batch import Batch
 from deepseek_jax.eval import routing
 from deepseek_jax.ops.losses import token_nll
 from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel.rows import on_rows
 from deepseek_jax.train.objective import forward, router_masks, target_masks, totals
 from deepseek_jax.train.state import Parts, TrainState
 from deepseek_jax.typing import Array, Params
@@ -37,6 +39,9 @@ def make_evaluate_batch(
     """
     config = parts.config
     length, experts = config.data.length, config.model.moe.num_experts
+    loss_of = on_rows(
+        functools.partial(token_nll, dot=parts.model.rt.dot), parts.mesh, whole=(1,)
+    )
 
     def evaluate_batch(
         params: Params, balance: Any, batch: Batch
@@ -45,11 +50,10 @@ def make_evaluate_batch(
         nll, targets = [], []
         for k, h_BLD in enumerate((out.hidden_BLD, *out.mtp_JBLD)):
             span = slice(k + 1, k + 1 + length)
-            nll_T = token_nll(
+            nll_T = loss_of(
                 h_BLD.reshape(-1, h_BLD.shape[-1]),
                 params["head"],
                 batch.tokens[:, span].reshape(-1),
-                dot=parts.model.rt.dot,
             )
             mask_T = target_masks(parts, batch)[k].reshape(-1)
             of_T = (
@@ -71,9 +75,11 @@ def make_evaluate_batch(
         )
         return sums, jnp.where(valid_RBL[:, 0, :, None], chosen_RTK[:, :length], -1)
 
-    whole, rows = meshes.replicated(parts.mesh), meshes.by_rows(parts.mesh)
+    # Parameters and biases come from the step and lie where it has put them.
     return jax.jit(
-        evaluate_batch, in_shardings=(whole, whole, rows), out_shardings=(whole, whole)
+        evaluate_batch,
+        in_shardings=(None, None, meshes.by_rows(parts.mesh)),
+        out_shardings=meshes.replicated(parts.mesh),
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any, Self, TextIO
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.parallel import processes
 from deepseek_jax.typing import Params
 
 GUARDED = ("loss", "grad_norm")
@@ -35,6 +36,7 @@ class Interrupt:
     """While entered, the first SIGINT or SIGTERM only sets `received`.
 
     The second acts as if this were not here. Off the main thread it does nothing.
+    Of several processes each may get it a step earlier or later, or only one gets it.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -42,7 +44,15 @@ class Interrupt:
     def __init__(self, say: Callable[[str], None] = print):
         self.received: signal.Signals | None = None
         self.say = say
+        self.vote = processes.Vote() if processes.several() else None
         self.before: dict[signal.Signals, Any] = {}
+
+    def stopping(self) -> bool:
+        """Whether to stop after this step. To be asked at every step, since all
+        processes must stop after the same one.
+        """
+        mine = self.received is not None
+        return mine if self.vote is None else self.vote(mine)
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -126,9 +136,13 @@ def check_params(step: int, params: Params) -> None:
 
 
 class Progress:
-    """One live line on a terminal; elsewhere a plain line every few seconds."""
+    """One live line on a terminal; elsewhere a plain line every few seconds.
+
+    Of several processes only the first says anything.
+    """
 
     def __init__(self, total: int, stream: TextIO | None = None, every: float = 5.0):
+        self.quiet = not processes.is_first()
         self.total, self.every = total, every
         self.stream = sys.stderr if stream is None else stream
         self.live = self.stream.isatty()
@@ -170,6 +184,8 @@ class Progress:
             self._print("\n")
 
     def _print(self, text: str) -> None:
+        if self.quiet:
+            return
         self.stream.write(text)
         self.stream.flush()
 

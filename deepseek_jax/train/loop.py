@@ -3,14 +3,19 @@
 Step k is dispatched before the metrics of step k-1 are fetched. A checkpoint of step k
 holds everything that step k+1 depends on, and is only written when all records up to k
 are in `metrics.jsonl`; after a restart later records are cut away. So a run that was
-killed and started again ends with the same losses and parameters, bit for bit. Ours.
+killed and started again ends with the same losses and parameters, bit for bit.
+
+Several processes run this loop in step. The first alone writes the folder, but for the
+arrays of a checkpoint, which all write together. Ours.
 """
 
+import contextlib
 from pathlib import Path
 
 from deepseek_jax.checkpoint.folders import FOLDER
 from deepseek_jax.checkpoint.manager import Checkpoints
-from deepseek_jax.config import Config
+from deepseek_jax.config import Config, flatten, to_dict
+from deepseek_jax.parallel import processes
 from deepseek_jax.train import hooks, start, writers
 from deepseek_jax.train.metrics import Recorder
 from deepseek_jax.train.start import Callback, Run
@@ -26,14 +31,14 @@ def run(
     Args:
       config: the run; `optim.horizon` = 0 becomes `train.steps` at the first start.
       workdir: gets config.json, metrics.jsonl, tokenizer/, checkpoints/, tensorboard/.
-      callback: called with every new record.
+      callback: called with every new record, in every process.
 
     Returns:
       All records of `metrics.jsonl`, those of earlier starts too.
 
     Raises:
       ValueError: a setting, the data or the folder is wrong, or the folder holds
-        another run.
+        another run; or processes were given different ones.
       FloatingPointError: a loss, gradient or parameter is not finite.
       checkpoint.manager.DiskFull: there is no room for a checkpoint.
       hooks.Interrupted: a signal came; everything up to then is saved.
@@ -45,14 +50,17 @@ def run(
         )
     workdir = Path(workdir).absolute()
     progress = hooks.Progress(config.train.steps)
-    config = start.continuing(config, workdir, progress.say)
-    if start.is_finished(config, workdir):
+    given = {"workdir": str(workdir)} | flatten(to_dict(config))
+    processes.check_same(given)
+    config = processes.first(lambda: start.continuing(config, workdir, progress.say))
+    if processes.first(lambda: start.is_finished(config, workdir)):
         progress.say(f"nothing to do: {workdir} has all {config.train.steps} steps")
         return writers.read(workdir / writers.METRICS)
     keep = {"keep_last": config.train.keep_last, "keep_best": config.train.keep_best}
     opened = start.open_run(config, workdir)
-    start.check(opened, workdir)
-    with hooks.exclusive(workdir):
+    processes.first(lambda: start.check(opened, workdir))
+    with contextlib.ExitStack() as lock:
+        processes.first(lambda: lock.enter_context(hooks.exclusive(workdir)))
         state, step = start.restore(opened, workdir, progress.say)
         with (
             Checkpoints(workdir / FOLDER, **keep, say=progress.say) as checkpoints,
@@ -60,6 +68,7 @@ def run(
             hooks.Interrupt(progress.say) as interrupt,
         ):
             train(opened, state, step, checkpoints, recorder, interrupt)
+        processes.wait()
     return writers.read(workdir / writers.METRICS)
 
 
@@ -81,7 +90,7 @@ def train(
             compiled = compile_step(opened.parts, state, batch)
         state, metrics = compiled(state, batch)
         recorder.take(step, metrics)
-        last, stopping = step == config.steps, interrupt.received is not None
+        last, stopping = step == config.steps, interrupt.stopping()
         evaluating = last or step % config.eval_every == 0
         saving = last or stopping or step % config.checkpoint_every == 0
         if not (evaluating or saving):

@@ -5,6 +5,7 @@ global batch, and each penalty a share of the whole batch's, so micro-batches si
 add. With full targets the MTP denominator is the paper's T.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from deepseek_jax.data.batch import Batch
 from deepseek_jax.model.transformer import Output, Totals, count, marks, reaches
 from deepseek_jax.ops.losses import cross_entropy
+from deepseek_jax.parallel.rows import on_rows
 from deepseek_jax.train.state import Parts
 from deepseek_jax.typing import Array, Params
 
@@ -98,19 +100,21 @@ def objective(
     length = parts.config.data.length
     out = forward(parts, params, balance, batch, totals)
     hidden = (out.hidden_BLD, *out.mtp_JBLD)
-    nll = []
+    nll, dot = [], parts.model.rt.dot
+    loss_of = on_rows(
+        functools.partial(cross_entropy, dot=dot), parts.mesh, whole=(1,), total=True
+    )
     for k, (h_BLD, mask_BL) in enumerate(
         zip(hidden, target_masks(parts, batch), strict=True)
     ):
         with jax.named_scope(f"head_{k}"):
             weights_T = mask_BL.reshape(-1) / jnp.maximum(totals.targets[k], 1)
             nll.append(
-                cross_entropy(
+                loss_of(
                     h_BLD.reshape(-1, h_BLD.shape[-1]),
                     params["head"],
                     batch.tokens[:, k + 1 : k + 1 + length].reshape(-1),
                     weights_T.astype(h_BLD.dtype),
-                    dot=parts.model.rt.dot,
                 )
             )
     ce, mtp_ce = nll[0], jnp.stack(nll)[1:]

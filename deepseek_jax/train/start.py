@@ -3,7 +3,7 @@
 Cheap refusals come first: the folder, the config. Then the corpus and tokenizer are
 opened (built in the cache, the first time) and compared by hash, and the disk's room is
 looked at. The folder is not touched before all of that agrees, and then only under its
-lock. Ours.
+lock. Of several processes only the first looks at the folder and changes it. Ours.
 """
 
 import shutil
@@ -19,6 +19,7 @@ from deepseek_jax.config import Config, to_dict
 from deepseek_jax.data import pipeline
 from deepseek_jax.data.cache import default_cache
 from deepseek_jax.data.sources import open_corpus
+from deepseek_jax.parallel import processes
 from deepseek_jax.train import hooks, writers
 from deepseek_jax.train.evaluate import evaluate, make_evaluate_batch
 from deepseek_jax.train.metrics import Recorder
@@ -37,7 +38,7 @@ class Run(NamedTuple):
     parts: Parts
     description: metadata.Description
     tokenizer: tokenizers.Tokenizer
-    rows: Any  # the training iterator
+    rows: Any  # the training iterator, of global batches
     evaluate: Callable[[TrainState, int], writers.Record]  # of the state after a step
 
 
@@ -90,20 +91,32 @@ def open_run(config: Config, workdir: Path) -> Run:
     Raises:
       ValueError: a setting does not fit the devices, or the data.
     """
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"{jax.process_count()} JAX processes: a run is one process, which may "
-            "have several devices (mesh.data)"
-        )
-    parts = assemble(config)
+    parts = processes.together(lambda: assemble(config))
+    return processes.first_then_all(lambda: open_data(parts, workdir))
+
+
+def open_data(parts: Parts, workdir: Path) -> Run:
+    """Opens the corpus and the tokenizer, which a run's first start builds.
+
+    Raises:
+      ValueError: a setting does not fit the data.
+    """
+    config = parts.config
     depth, cache = config.model.mtp.depth, default_cache()
     corpus = open_corpus(config.data, cache)
     tokenizer = tokenizers.build(
         config.data.tokenizer, config.model.vocab_size, corpus, cache
     )
-    rows = pipeline.train_iterator(
-        config.data, corpus, tokenizer, depth=depth, seed=config.seed
+    own = pipeline.train_iterator(
+        config.data,
+        corpus,
+        tokenizer,
+        depth=depth,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
+    rows = processes.Rows(parts.mesh, own)
     validation = pipeline.validation(config.data, corpus, tokenizer, depth=depth)
     description = metadata.describe(config, corpus.hash, corpus.domains, tokenizer.hash)
     evaluate_after = make_evaluator(parts, validation, corpus.domains, workdir)
@@ -133,8 +146,10 @@ def make_evaluator(
 
     def evaluate_after(state: TrainState, step: int) -> writers.Record:
         previous = writers.previous_probe(workdir, step)
-        result = evaluate(evaluate_batch, parts, state, validation, domains, previous)
-        writers.save_probe(workdir, step, result.probe)
+        batches = (processes.share(parts.mesh, batch) for batch in validation)
+        result = evaluate(evaluate_batch, parts, state, batches, domains, previous)
+        if processes.is_first():
+            writers.save_probe(workdir, step, result.probe)
         return result.metrics
 
     return evaluate_after
@@ -165,19 +180,22 @@ def record_after(
     callback: Callback | None,
 ) -> Recorder:
     """Writes tokenizer/ and config.json, cuts later records, opens the writers."""
-    save_tokenizer(run.tokenizer, workdir / TOKENIZER)
-    metadata.write(workdir, run.description)
     path = workdir / writers.METRICS
-    writers.cut_after(path, step)
-    writers.cut_probes(workdir, step)
-    seconds = [record.get("elapsed_s") or 0.0 for record in writers.read(path)]
-    sinks: list[writers.Writer] = [
-        writers.JsonlWriter(path),
-        writers.TensorBoardWriter(workdir / TENSORBOARD, step + 1),
-    ]
-    return Recorder(
-        run.parts.config, sinks, progress, callback, max(seconds, default=0.0)
-    )
+
+    def prepare() -> float:
+        save_tokenizer(run.tokenizer, workdir / TOKENIZER)
+        metadata.write(workdir, run.description)
+        writers.cut_after(path, step)
+        writers.cut_probes(workdir, step)
+        seconds = [record.get("elapsed_s") or 0.0 for record in writers.read(path)]
+        return max(seconds, default=0.0)
+
+    elapsed_s = processes.first(prepare)
+    sinks: list[writers.Writer] = []
+    if processes.is_first():
+        sinks.append(writers.JsonlWriter(path))
+        sinks.append(writers.TensorBoardWriter(workdir / TENSORBOARD, step + 1))
+    return Recorder(run.parts.config, sinks, progress, callback, elapsed_s)
 
 
 def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:

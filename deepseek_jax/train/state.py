@@ -19,6 +19,7 @@ from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.ops import balancing
 from deepseek_jax.optim.adamw import adamw
 from deepseek_jax.optim.schedules import learning_rate
+from deepseek_jax.parallel import expert, partition
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.typing import Array, Params
 
@@ -52,11 +53,12 @@ def assemble(config: Config, devices: Sequence[jax.Device] | None = None) -> Par
       devices: of the mesh; by default all that JAX has.
     """
     balancer = balancing.build(config.balance, config.model.moe)
-    rt = runtime.build(config.runtime)
+    mesh = meshes.make(config.mesh, devices)
+    rt = expert.on_mesh(runtime.build(config.runtime), config, mesh)
     schedule = learning_rate(config.optim)
     return Parts(
         config,
-        meshes.make(config.mesh, devices),
+        mesh,
         Transformer(config.model, rt, balancer),
         balancer,
         schedule,
@@ -72,17 +74,31 @@ def init_balance(parts: Parts) -> Any:
 
 
 def init_state(parts: Parts, seed: int) -> TrainState:
-    """Parameters, optimizer and balancer at step 0, replicated over the mesh."""
+    """Parameters, optimizer and balancer at step 0, on the mesh as its rules say.
+
+    The numbers do not depend on the mesh.
+
+    Raises:
+      ValueError: as `partition.shardings`.
+    """
 
     def init(key: Array) -> TrainState:
         model = parts.config.model
         tokens_BS = jnp.zeros((1, 2 + model.mtp.depth), jnp.int32)
         position_BL = jnp.arange(2)[None]
         balance = init_balance(parts)
-        params = parts.model.init(key, tokens_BS, position_BL, balance)["params"]
+        plain = Transformer(model, runtime.Runtime(), parts.balancer)
+        params = plain.init(key, tokens_BS, position_BL, balance)["params"]
         return TrainState(
             jnp.zeros((), jnp.int32), params, parts.optimizer.init(params), balance, key
         )
 
-    sharding = meshes.replicated(parts.mesh)
-    return jax.jit(init, out_shardings=sharding)(jax.random.PRNGKey(seed))
+    key = jax.random.PRNGKey(seed)
+    placed = shardings(parts, jax.eval_shape(init, key))
+    return jax.jit(init, out_shardings=placed)(key)
+
+
+def shardings(parts: Parts, state: TrainState) -> TrainState:
+    """Where every array of a state, or of its shapes, lies."""
+    placed: TrainState = partition.shardings(parts.config.mesh, parts.mesh, state)
+    return placed

@@ -5,6 +5,7 @@ into one update (arXiv:2412.19437, section 2.1.2), which makes it independent of
 """
 
 import ctypes
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from deepseek_jax.model.transformer import Totals
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.schedule import piecewise
 from deepseek_jax.train.objective import Losses, forward, objective, totals
-from deepseek_jax.train.state import Parts, TrainState
+from deepseek_jax.train.state import Parts, TrainState, init_state, shardings
 from deepseek_jax.typing import Array, Params
 
 Metrics = dict[str, Array]
@@ -116,11 +117,12 @@ def make_step(
         )
         return new, metrics
 
-    whole, rows = meshes.replicated(parts.mesh), meshes.by_rows(parts.mesh)
+    state = jax.eval_shape(functools.partial(init_state, parts), 0)
+    placed = shardings(parts, state)
     return jax.jit(
         step,
-        in_shardings=(whole, rows),
-        out_shardings=(whole, whole),
+        in_shardings=(placed, meshes.by_rows(parts.mesh)),
+        out_shardings=(placed, meshes.replicated(parts.mesh)),
         donate_argnums=0,
         compiler_options=COMPILER_OPTIONS,
     )

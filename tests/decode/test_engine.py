@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import time
 import warnings
 
 import jax
@@ -40,9 +41,7 @@ def stepwise(model, weights, rows, widths, **options):
         max_tokens=int(lengths.max()),
         **options,
     )
-    tokens = np.zeros((len(rows), lengths.max()), np.int32)
-    for row, values in enumerate(rows):
-        tokens[row, : len(values)] = values
+    tokens = np.asarray(filled(rows)[0])
     out = np.full((*tokens.shape, model.config.vocab_size), np.nan)
     at, cache, widths = halves - 1, state.cache, iter(widths * tokens.shape[1])
     run = jax.jit(forward.forward, static_argnums=0)
@@ -61,19 +60,21 @@ def stepwise(model, weights, rows, widths, **options):
 
 
 def whole(model, kept, rows):
-    """The same of the model as it is trained, row by row."""
-    return [
-        np.asarray(
-            model.apply(
-                {"params": kept[0]},
-                jnp.asarray([row], jnp.int32),
-                jnp.arange(len(row))[None],
-                kept[1],
-            ).hidden_BLD
-            @ kept[0]["head"]
-        )[0]
-        for row in rows
-    ]
+    """The same of the model as it is trained; what follows a row does not change it."""
+    params, balance = kept
+    tokens, position = filled(rows)
+    run = jax.jit(lambda *args: model.apply({"params": params}, *args).hidden_BLD)
+    all_BLV = np.asarray(run(tokens, position, balance) @ params["head"])
+    return [out[: len(row)] for out, row in zip(all_BLV, rows, strict=True)]
+
+
+def filled(rows):
+    """Rows as one array, zeros after the shorter ones, and the positions [B, L]."""
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for row, values in zip(tokens, rows, strict=True):
+        row[: len(values)] = values
+    position = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    return jnp.asarray(tokens), jnp.asarray(position)
 
 
 @pytest.mark.parametrize(
@@ -105,10 +106,10 @@ def test_in_float32_but_for_ties_of_the_router(options):
     got = stepwise(model, weights, rows, [1, 2], **options)
     with jax.enable_x64(True):
         exact, weights64, _ = replica.built(f64=True)
-        margins = [margin(exact, weights64, row) for row in rows]
+        margins = margin(exact, weights64, rows)
     near = left = total = 0
     for row, want, margin_L in zip(got, whole(model, kept, rows), margins, strict=True):
-        row = row[: len(want)]
+        row, margin_L = row[: len(want)], margin_L[: len(want)]
         seen = ~np.isnan(row[:, 0])
         # A flip changes what later positions see, so those are left out too.
         clear = seen & (np.minimum.accumulate(margin_L) > 1e-6)
@@ -120,8 +121,10 @@ def test_in_float32_but_for_ties_of_the_router(options):
     assert near < 1e-3 * total and left < 0.02 * total
 
 
-def margin(model, weights, row):
-    """Of each position, the least gap between two experts that follow each other."""
+def margin(model, weights, rows):
+    """Of each position, the least gap between two experts that follow each other, [B,
+    L].
+    """
     gaps = []
 
     def select(scores_TE, state):
@@ -131,12 +134,12 @@ def margin(model, weights, row):
 
     balancer = dataclasses.replace(model.balancer, select=select)
     watched = model.clone(balancer=balancer)
-    tokens, position = jnp.asarray([row], jnp.int32), jnp.arange(len(row))[None]
-    cache = caches.create(model.config, [len(row)], dtype=jnp.float64)
+    tokens, position = filled(rows)
+    cache = caches.create(model.config, [len(row) for row in rows], dtype=jnp.float64)
     # Nothing is traced here, so `select` sees numbers.
     forward.forward(watched, weights, tokens, position, cache, forward.attend_expanded)
     assert len(gaps) == model.config.num_moe
-    return np.min(gaps, 0)
+    return np.min(gaps, 0).reshape(tokens.shape)
 
 
 def test_a_bfloat16_cache_is_near():
@@ -251,17 +254,21 @@ def count_compilations():
         names[:] = [name for name in names if name.startswith("Compiling")]
 
 
-def test_a_callback_hears_every_token_once():
+def test_a_callback_hears_every_token_once_and_its_time_does_not_count():
     model, weights, _ = replica.built()
-    heard = {row: [] for row in range(len(LENGTHS))}
-    report = engine.generate(
-        model,
-        weights,
-        prompts(),
-        21,
-        depth=2,
-        callback=lambda row, new: heard[row].extend(new),
-    )
+    heard, slept = {row: [] for row in range(len(LENGTHS))}, 0.0
+
+    def hear(row, new):
+        nonlocal slept
+        start = time.perf_counter()
+        heard[row].extend(new)
+        time.sleep(0.05)
+        slept += time.perf_counter() - start
+
+    start = time.perf_counter()
+    report = engine.generate(model, weights, prompts(), 21, depth=2, callback=hear)
+    took = time.perf_counter() - start
+    assert report.prefill_s + report.compile_s + report.decode_s <= took - slept
     assert [row.tokens for row in report.rows] == list(heard.values())
     assert all(len(new) == 21 for new in heard.values())
 

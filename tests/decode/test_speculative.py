@@ -51,9 +51,8 @@ def test_speculative_greedy_is_greedy_on_200_prompts(greedy, depth, page):
     accepted = np.sum([row.accepted for row in report.rows], 0)
     assert steps < 0.9 * 200 * 24  # drafts are accepted
     assert (np.diff([steps, *accepted]) < 0).all() and accepted[-1] > 0
-    for row in report.rows:  # each step gives one token and what was accepted
-        made = row.steps + sum(row.accepted)
-        assert len(row.tokens) == 24 <= made <= 24 + depth
+    for row in report.rows:  # a step gives what it accepted and, below the limit, one
+        assert len(row.tokens) == 24 <= row.steps + sum(row.accepted) <= 25
 
 
 def test_drafts_see_the_past(greedy):
@@ -92,16 +91,17 @@ def test_drafts_are_what_the_modules_predict(input_norm):
         draft = jax.jit(speculative.draft, static_argnums=0)
         step = jax.jit(speculative.step, static_argnums=0)
         whole = jax.jit(lambda *args: model.apply({"params": params}, *args).mtp_JBLD)
+        positions = jnp.arange(64)[None]  # one shape; what follows a token is not seen
         advances = set()
         for _ in range(5):
             _, drafts = draft(model, weights, state, rule)
             for row, n in enumerate(np.asarray(state.length_B)):
                 known = np.asarray(state.tokens_BS[row, :n])
-                every = np.append(known, drafts.tokens_BJ[row])[None, : n + 2]
-                positions = jnp.arange(n - 1)[None]
+                every = np.append(known, drafts.tokens_BJ[row])
+                every = np.pad(every, (0, 64 + 3 - len(every)))[None]
                 hidden = whole(jnp.asarray(every), positions, balance)
                 for k in range(3):
-                    want = jax.nn.log_softmax(hidden[k][0, -1] @ params["head"])
+                    want = jax.nn.log_softmax(hidden[k][0, n - 2] @ params["head"])
                     got = jax.nn.log_softmax(drafts.logits_BJV[row, k])
                     np.testing.assert_allclose(got, want, rtol=0, atol=1e-10)
             after = step(model, weights, state, rule, limit, jnp.asarray([-1]))
@@ -237,10 +237,39 @@ def test_stop_tokens_limits_and_log_probs(depth):
     np.testing.assert_allclose(free.rows[0].log_probs, wanted, rtol=0, atol=1e-4)
 
 
-def test_acceptance_is_of_the_steps_at_which_a_draft_was_looked_at():
+def test_drafts_past_the_output_count_nowhere():
+    """Counters at a limit or a stop token, against those of single steps without."""
+    depth, most = 3, 18
+    with jax.enable_x64(True):
+        model, weights, _ = replica.built(f64=True)
+        asked, options = prompts(30), {"depth": depth, "dtype": jnp.float64}
+        state = engine.prefill(model, weights, asked, 40, **options)
+        limit = state.length_B + 40
+        given = (sampling(30), limit, jnp.full(4, -1), jnp.int32(1))
+        taken = []  # where a step starts, how many tokens it has, of each row
+        for _ in range(most):
+            start = np.asarray(state.length_B)
+            state = engine.advance(model, weights, state, *given)
+            taken.append(np.stack([start, np.asarray(state.length_B) - start], 1))
+        tokens = np.asarray(state.tokens_BS)
+        for stop in ((), (int(np.bincount(tokens.ravel()).argmax()),)):
+            made = engine.generate(model, weights, asked, most, stop=stop, **options)
+            for row, (one, prompt) in enumerate(zip(made.rows, asked, strict=True)):
+                end = len(prompt) + len(one.tokens)
+                judged, accepted = [0] * depth, [0] * depth
+                for start, count in (each[row] for each in taken):
+                    for k in range(depth):
+                        there = k < count and start + k < end
+                        judged[k] += there
+                        accepted[k] += there and k + 1 < count
+                assert (one.judged, one.accepted) == (judged, accepted)
+                assert one.judged[0] == one.steps
+
+
+def test_acceptance_is_of_the_times_at_which_a_draft_was_judged():
     made = [
-        engine.Generation([], [], False, 10, [5, 4]),
-        engine.Generation([], [], False, 10, [3, 0]),
+        engine.Generation([], [], False, 10, [10, 5], [5, 4]),
+        engine.Generation([], [], False, 10, [10, 3], [3, 0]),
     ]
     assert speculative.acceptance(made) == [0.4, 0.5]
-    assert speculative.acceptance([engine.Generation([], [], False, 9, [])]) == []
+    assert speculative.acceptance([engine.Generation([], [], False, 9, [], [])]) == []

@@ -9,7 +9,7 @@ import pytest
 
 import deepseek_jax
 from deepseek_jax.checkpoint import manager, metadata
-from deepseek_jax.decode import engine, forward
+from deepseek_jax.decode import engine, forward, speed
 from deepseek_jax.eval import logits
 from deepseek_jax.tokenizer.bytes import Bytes
 from deepseek_jax.train.state import assemble, init_state
@@ -19,12 +19,13 @@ from tests.factory import SMALL, small
 PROMPT = "Größe: "
 
 
-def checkpoint(workdir, depth):
+def checkpoint(workdir, depth, kind=metadata.KIND):
     """A run that has been saved at step 3; its vocabulary is larger than needed."""
-    config = small(depth=depth)
+    config = small(depth=depth, length=64)
     model = dataclasses.replace(config.model, vocab_size=Bytes.vocab_size + 10)
     config = dataclasses.replace(config, model=model)
     about = metadata.describe(config, "corpus", ("text",), Bytes().hash)
+    about["kind"] = kind
     metadata.write(workdir, about)
     Bytes().save(workdir / "tokenizer")
     with manager.Checkpoints(workdir / "checkpoints") as checkpoints:
@@ -70,7 +71,8 @@ def test_text_streams_and_the_figures_come_last(run, capsys):
         "\n\N{REPLACEMENT CHARACTER}"
     )
     assert f"{len(row.tokens)} tokens, " in errors and "bytes/token" in errors
-    assert errors.count("\n") == 1 and "accepted" not in errors
+    assert errors.count("\n") == 2 and errors.startswith("compiling\n")
+    assert "accepted" not in errors and "speed-up" not in errors
 
 
 def test_half_a_character_is_held_back(capsys):
@@ -94,6 +96,7 @@ def test_json_of_several_samples(run, capsys):
         assert len(sample["log_probs"]) == len(sample["tokens"]) <= 20
     assert len({tuple(sample["tokens"]) for sample in found["samples"]}) == 3
     assert len(found["acceptance"]) == 2 and 1 <= found["tokens_per_step"] <= 3
+    assert min(found["speed"].values()) > 0
     at = SMALL.attention
     layers = SMALL.num_layers + 2
     assert found["cache_bytes_per_token"] == layers * (at.kv_rank + at.rope_dim) * 4
@@ -110,9 +113,56 @@ def test_speculation_and_the_kind_of_cache_change_no_greedy_output(run, capsys):
         (("--speculative",), {"depth": 1, "page": 8}),
         ((), {"page": 16}),
     ):
-        found = json.loads(printed(capsys, run, "--json", *more, **changes).out)
-        assert found["samples"][0]["tokens"] == want
-        assert len(found["acceptance"]) == (changes.get("depth", 2) if more else 0)
+        more = ("--json", "--no-compare", *more)
+        found = json.loads(printed(capsys, run, *more, **changes).out)
+        assert found["samples"][0]["tokens"] == want and found["speed"] is None
+        depth = changes.get("depth", 2) if "--speculative" in more else 0
+        assert len(found["acceptance"]) == depth
+
+
+def test_what_drafts_gain_is_told(run, capsys, monkeypatch):
+    """After the text, from the request without drafts, watched as the drafts were."""
+    asked = []
+
+    def compare(model, weights, prompts, report, **how):
+        asked.append((prompts, how))
+        return speed.Gain(step_s=0.002, plain_step_s=0.00123, speed_up=0.927)
+
+    monkeypatch.setattr(speed, "compare", compare)
+    out, errors = printed(capsys, run, "--speculative", temperature=0.5)
+    assert out.startswith(PROMPT)
+    assert errors.endswith("speed-up 0.93x (2 ms a step, 1.23 ms without drafts)\n")
+    ((prompts, how),) = asked
+    assert prompts == [[Bytes.bos_id, *PROMPT.encode()]]
+    assert how["rule"].temperature == 0.5 and how["callback"](0, [1]) is None
+    _, errors = printed(capsys, run, "--speculative", "--no-compare")
+    assert "draft 2 accepted" in errors and "speed-up" not in errors
+
+
+class Enough(Exception):
+    """Ends a command where generation would begin."""
+
+
+def test_positions_that_training_never_had_are_pointed_out(
+    run, tmp_path, capsys, monkeypatch
+):
+    def told(checkpoint, longest):
+        with pytest.raises(Enough):
+            room = longest - len(PROMPT.encode()) - 1
+            generate.main(words(checkpoint, **{"max-tokens": room}))
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(engine, "generate", lambda *args, **how: raised(Enough))
+    assert told(run, 64) == "compiling\n"
+    warning, compiling = told(run, 65).splitlines()
+    assert warning.startswith("warning: the model was trained on rows of 64 tokens ")
+    assert "--max-tokens come to 65" in warning and compiling == "compiling"
+    # A conversion doesn't say what its rows were.
+    assert told(checkpoint(tmp_path / "other", 0, "import"), 65) == "compiling\n"
+
+
+def raised(error):
+    raise error
 
 
 def test_a_prompt_from_a_file(run, tmp_path, capsys):

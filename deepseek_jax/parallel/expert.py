@@ -1,0 +1,268 @@
+"""Expert parallelism: how tokens reach experts on other devices, and come back.
+
+Each transport computes what `Runtime.experts` does for the rows of a device, where the
+experts are split over `node` x `expert`. No token is ever dropped.
+
+* `ring`: every device's tokens go round by all the others, and what these add to the
+  result goes with them. It moves T-1 of T shares whatever the routing, in little room.
+* `all_to_all`: a token is copied once to each device that has one of its experts, into
+  room for `capacity` times an even load. `ragged` sends only what there is.
+* `two_hop`: a token is copied once to each node that has one of its experts, to the
+  device at the sender's place there, and from there inside the node; results are added
+  up on the way back at each step (arXiv:2412.19437, section 3.2.2).
+
+Should the room not do, for a routing as uneven as that, the result is the ring's, which
+is then computed too: exact, only slower. Routing weights and expert numbers travel with
+the rows, and do so exactly.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from deepseek_jax.config import Config
+from deepseek_jax.parallel import partition, wire
+from deepseek_jax.parallel.mesh import AXES, EXPERTS
+from deepseek_jax.parallel.wire import Hop, Wire
+from deepseek_jax.runtime import Experts, GroupedDot, Runtime
+from deepseek_jax.typing import Array
+
+GPUS = ("gpu", "cuda", "rocm")
+
+
+class Slots(NamedTuple):
+    """Tokens and where they go: what an `Experts` callable takes first."""
+
+    x_tD: Array
+    weights_tK: Array
+    experts_tK: Array
+
+
+class Weights(NamedTuple):
+    """The experts of a device."""
+
+    gate_eDF: Array
+    up_eDF: Array
+    down_eFD: Array
+
+
+@dataclass(frozen=True)
+class Group:
+    """The devices that share the experts, and how they compute and talk."""
+
+    local: Experts  # `Runtime.experts` on one device
+    node: int
+    expert: int
+    reach: int  # nodes that a token has experts on, at most
+    capacity: float
+    payload: str
+    native: bool
+
+    def size(self, axes: tuple[str, ...]) -> int:
+        """Ranks along some of the two axes."""
+        return math.prod({"node": self.node, "expert": self.expert}[a] for a in axes)
+
+
+def own(slots: Slots, rank: Array, experts: int) -> Slots:
+    """The slots of the experts of a rank, counted from its first; others nowhere."""
+    first_tK = slots.experts_tK - rank * experts
+    here = (first_tK >= 0) & (first_tK < experts)
+    return Slots(
+        slots.x_tD,
+        jnp.where(here, slots.weights_tK, 0),
+        jnp.where(here, first_tK, experts),
+    )
+
+
+def ring(group: Group, slots: Slots, weights: Weights, dot: GroupedDot) -> Array:
+    """Tokens visit every device; see the module."""
+    size, experts = group.size(EXPERTS), len(weights.gate_eDF)
+    following = [(rank, (rank + 1) % size) for rank in range(size)]
+    forward = functools.partial(lax.ppermute, axis_name=EXPERTS, perm=following)
+    me = lax.axis_index(EXPERTS)
+
+    def here(slots: Slots) -> Array:
+        return group.local(*own(slots, me, experts), *weights, grouped_dot=dot)
+
+    y_tD = here(slots)
+    if size == 1:
+        return y_tD
+    slots = jax.tree.map(forward, slots)
+
+    def visit(at: tuple[Slots, Array], _: None) -> tuple[tuple[Slots, Array], None]:
+        slots, y_tD = jax.tree.map(forward, at)
+        return (slots, y_tD + here(slots)), None
+
+    (_, away_tD), _ = lax.scan(visit, (slots, here(slots)), length=size - 2)
+    return y_tD + forward(away_tD)
+
+
+class Leg(NamedTuple):
+    """One exchange of a transport: over which axes, how many ranks and experts."""
+
+    axes: tuple[str, ...]
+    ranks: int
+    experts: int  # of one rank
+
+
+def exchange(
+    group: Group,
+    slots: Slots,
+    weights: Weights,
+    dot: GroupedDot,
+    *,
+    route: tuple[tuple[str, ...], ...],
+    ragged: bool = False,
+) -> Array:
+    """Tokens are copied to the devices of their experts over one leg after another."""
+    legs, experts = [], len(weights.gate_eDF) * group.size(EXPERTS)
+    for axes in route:
+        experts //= group.size(axes)
+        legs.append(Leg(axes, group.size(axes), experts))
+    with jax.named_scope("dispatch"):
+        hops, experts_rK, most, fits = plan_route(group, slots.experts_tK, legs, ragged)
+        x_rD, weights_rK = slots.x_tD, slots.weights_tK
+        for hop, way in hops:
+            x_rD = wire.send(x_rD, hop, way)
+            weights_rK = wire.send(weights_rK, hop, replace(way, payload="exact"))
+        weights_rK = jnp.where(experts_rK < experts, weights_rK, 0)
+    y_rD = group.local(
+        x_rD, weights_rK, experts_rK, *weights, grouped_dot=dot, most=most
+    )
+    with jax.named_scope("combine"):
+        for hop, way in reversed(hops):
+            y_rD = wire.collect(y_rD, hop, way)
+    if fits is None:
+        return y_rD
+    # The rows above are on their way whatever it says, so that they need not wait. All
+    # devices do the same: XLA may make one exchange of those of several groups.
+    again = jax.checkpoint(functools.partial(ring, group, dot=dot))
+    return lax.cond(
+        lax.pmin(fits.astype(jnp.int32), AXES) > 0,
+        lambda y_tD, *_: y_tD,
+        lambda _, slots, weights: again(slots, weights),
+        y_rD,
+        slots,
+        weights,
+    )
+
+
+def plan_route(
+    group: Group, experts_tK: Array, legs: list[Leg], ragged: bool
+) -> tuple[list[tuple[Hop, Wire]], Array, int, Array | None]:
+    """Sends expert numbers ahead, so that all places are known before any row goes.
+
+    Returns:
+      The hops; the experts [r, K] of the rows that arrive, counted from the device's
+      first; the most slots that have one; and whether everything has a place, None if
+      it always has.
+    """
+    tokens, top_k = experts_tK.shape
+    rows, copies = tokens, tokens  # places, and how many an even load fills
+    checks, hops = [], []
+    for axes, ranks, experts in legs:
+        spread = min(top_k, ranks, group.reach if axes == ("node",) else ranks)
+        copies = min(copies * spread, tokens * top_k)
+        wanted = math.ceil(group.capacity * copies / (1 if ragged else ranks))
+        ceiling = rows * ranks if ragged else rows
+        room = min(wanted, ceiling)
+        rank_tK = experts_tK // experts
+        if ragged:
+            hop, fits = wire.plan_ragged(rank_tK, ranks, room, axes)
+        else:
+            hop, fits = wire.plan(rank_tK, ranks, room)
+        checks += [fits] if room < ceiling else []
+        rows = room if ragged else ranks * room
+        way = Wire(axes, group.payload, rows, group.native)
+        hops.append((hop, way))
+        came_rK = wire.numbers_out(experts_tK, hop, way)
+        came_rK = came_rK - lax.axis_index(axes) * experts
+        here = (came_rK >= 0) & (came_rK < experts)
+        experts_tK = jnp.where(here, came_rK, experts)
+    most = min(rows * min(top_k, experts), math.ceil(group.capacity * tokens * top_k))
+    if most < rows * min(top_k, experts):
+        checks.append((experts_tK < experts).sum() <= most)
+    fits = jnp.stack(checks).all() if checks else None
+    return hops, experts_tK, most, fits
+
+
+Transport = Callable[[Group, Slots, Weights, GroupedDot], Array]
+
+TRANSPORTS: dict[str, Transport] = {
+    "ring": ring,
+    "all_to_all": functools.partial(exchange, route=(EXPERTS,)),
+    "two_hop": functools.partial(exchange, route=(("node",), ("expert",))),
+    "ragged": functools.partial(exchange, route=(EXPERTS,), ragged=True),
+}
+
+
+def experts_on_mesh(
+    x_TD: Array,
+    weights_TK: Array,
+    experts_TK: Array,
+    gate_EDF: Array,
+    up_EDF: Array,
+    down_EFD: Array,
+    *,
+    grouped_dot: GroupedDot,
+    most: int | None = None,
+    mesh: Mesh,
+    transport: Transport,
+    group: Group,
+    places: tuple[PartitionSpec, ...],
+) -> Array:
+    """`Runtime.experts` with rows split over all of a mesh.
+
+    Args:
+      places: where gate, up and down lie; but for their experts they are gathered.
+    """
+
+    def gathered(w: Array, place: PartitionSpec) -> Array:
+        for dim, axes in enumerate(place[1:], 1):
+            w = w if axes is None else lax.all_gather(w, axes, axis=dim, tiled=True)
+        return w
+
+    def on_device(slots: Slots, weights: tuple[Array, ...]) -> Array:
+        whole = Weights(*map(gathered, weights, places))
+        return transport(group, slots, whole, grouped_dot)
+
+    rows = PartitionSpec(mesh.axis_names)
+    return jax.shard_map(
+        on_device, mesh=mesh, in_specs=(rows, places), out_specs=rows, check_vma=False
+    )(Slots(x_TD, weights_TK, experts_TK), (gate_EDF, up_EDF, down_EFD))
+
+
+def on_mesh(rt: Runtime, config: Config, mesh: Mesh) -> Runtime:
+    """The runtime `rt` of one device, for a mesh of several."""
+    if mesh.size == 1:
+        return rt
+    moe, node = config.model.moe, config.mesh.node
+    aligned = moe.num_groups % node == 0
+    group = Group(
+        rt.experts,
+        node,
+        config.mesh.expert,
+        moe.keep_groups if aligned else node,
+        config.mesh.capacity,
+        config.mesh.payload,
+        mesh.devices.flat[0].platform in GPUS,
+    )
+    experts = functools.partial(
+        experts_on_mesh,
+        mesh=mesh,
+        transport=TRANSPORTS[config.mesh.transport],
+        group=group,
+        places=partition.expert_places(config, mesh),
+    )
+    return replace(
+        rt,
+        experts=experts,
+        constrain=functools.partial(partition.pin, mesh=mesh),
+    )
