@@ -102,9 +102,33 @@ class Constrain(Protocol):
     def __call__(self, x: Array, name: str, /) -> Array: ...
 
 
+class Rows(Protocol):
+    """`function` on rows of a batch that do not depend on each other.
+
+    The leading axis of every argument is split, but for the arguments numbered in
+    `whole`; so are results, or with `total` they are summed.
+    """
+
+    def __call__(
+        self,
+        function: Callable[..., Any],
+        /,
+        *,
+        whole: tuple[int, ...] = (),
+        total: bool = False,
+    ) -> Callable[..., Any]: ...
+
+
 def unconstrained(x: Array, name: str) -> Array:
     """Leaves an activation where it is."""
     return x
+
+
+def together(
+    function: Callable[..., Any], *, whole: tuple[int, ...] = (), total: bool = False
+) -> Callable[..., Any]:
+    """All rows at once."""
+    return function
 
 
 @dataclass(frozen=True)
@@ -121,6 +145,7 @@ class Runtime:
     latent_attention: LatentAttention = latent_attention_oracle
     experts: Experts = experts_dense
     constrain: Constrain = unconstrained
+    rows: Rows = together
     remat: Callable[..., Any] | None = None
 
 

@@ -148,7 +148,8 @@ def run(main: Callable[[], None]) -> None:
     """
     # Notes of ours are for people; which backends JAX did not find is not.
     absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+    for noisy in ("xla_bridge", "distributed"):
+        logging.getLogger(f"jax._src.{noisy}").setLevel(logging.WARNING)
     app.run(
         lambda _: guarded(main), flags_parser=lambda argv: guarded(parse_flags, argv)
     )

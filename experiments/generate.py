@@ -112,7 +112,7 @@ def read_prompt(options: argparse.Namespace) -> str:
         return str(options.prompt)
     try:
         return options.prompt_file.read_text("utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise ValueError(
             f"--prompt-file {options.prompt_file}: there is no such file"
         ) from None

@@ -71,8 +71,10 @@ class Collective(NamedTuple):
 
 
 def in_scope(op_name: str, scope: str) -> bool:
-    """Whether a path of scopes holds one; it may stand as "transpose(jvp(scope))"."""
-    return re.search(rf"(^|[/(]){re.escape(scope)}($|[/)])", op_name) is not None
+    """Whether a path of scopes holds one, also as "jvp(scope)" or "scope.method"."""
+    method = r"(\.[A-Za-z_]\w*)?"
+    found = re.search(rf"(^|[/(]){re.escape(scope)}{method}($|[/)])", op_name)
+    return found is not None
 
 
 def collectives(text: str) -> list[Collective]:

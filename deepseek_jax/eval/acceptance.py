@@ -145,10 +145,10 @@ def beginnings(documents: Documents, size: int) -> dict[str, list[list[int]]]:
     for domain, each in documents.items():
         found[domain] = [list(one[:size]) for one in each if len(one) >= size]
         if not found[domain]:
-            longest = max(map(len, each), default=0)
+            longest = f", the longest has {max(map(len, each))}" if each else ""
             raise ValueError(
                 f"prompt_tokens = {size}: no held-out document of domain {domain!r} "
-                f"has as many, the longest has {longest}"
+                f"has as many{longest}"
             )
     return found
 

@@ -4,6 +4,7 @@ arXiv:2412.19437, section 2.1.2, equations 12-16. The router works in at least f
 whatever the runtime's matmul (section 3.3.1). Loads and statistics are return values.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.linear import SwiGLU, initializer
 from deepseek_jax.ops.balancing import Balancer, Context, load
-from deepseek_jax.ops.routing import route
+from deepseek_jax.ops.routing import Routing, route
 from deepseek_jax.runtime import Runtime
 from deepseek_jax.typing import Array, at_least_f32
 
@@ -46,7 +47,8 @@ class MoE(nn.Module):
                 at_least_f32(router_DE),
                 precision=jax.lax.Precision.HIGHEST,
             )
-            routing = route(logits_TE, state, self.balancer.select, moe)
+            by_row = functools.partial(route, select=self.balancer.select, moe=moe)
+            routing = self.rt.rows(by_row, whole=(1,))(logits_TE, state)
         with jax.named_scope("experts"):
             y_TD = self.rt.experts(
                 x_TD,
@@ -64,9 +66,14 @@ class MoE(nn.Module):
             )
             y_BLD = y_BLD + shared(x_BLD)
         valid_T = context.valid_BL.reshape(-1)
+
+        def counts(routing: Routing, valid_T: Array) -> tuple[Array, Any]:
+            return load(routing, valid_T, experts), self.balancer.observe(
+                routing, valid_T
+            )
+
         aux = Aux(
-            load(routing, valid_T, experts),
-            self.balancer.observe(routing, valid_T),
+            *self.rt.rows(counts, total=True)(routing, valid_T),
             jnp.asarray(self.balancer.penalty(routing, context), logits_TE.dtype),
             routing.experts_TK,
         )

@@ -17,9 +17,7 @@ def picked(routing: Routing, biased: bool) -> Array:
 
     Equation 18 prints plain s, so neither bias nor group mask; public code varies.
     """
-    if biased:
-        return routing.experts_TK
-    return jax.lax.top_k(routing.scores_TE, routing.experts_TK.shape[-1])[1]
+    return routing.experts_TK if biased else routing.plain_TK
 
 
 def tally(routing: Routing, valid_BL: Array, biased: bool) -> tuple[Array, Array]:

@@ -27,6 +27,7 @@ class Routing(NamedTuple):
     scores_TE: Array  # s, from 0 to 1, without bias
     logits_TE: Array
     choice_TE: Array  # what was ranked, bias included, before the group mask
+    plain_TK: Array  # int32, the K largest of s alone, as equation 18 prints it
 
 
 class Select(Protocol):
@@ -62,7 +63,9 @@ def route(logits_TE: Array, state: Any, select: Select, moe: MoEConfig) -> Routi
     weights_TK = jnp.take_along_axis(scores_TE, experts_TK, -1)
     if moe.normalize:
         weights_TK = normalized(weights_TK)
-    return Routing(moe.scale * weights_TK, experts_TK, scores_TE, logits_TE, choice_TE)
+    weights_TK = moe.scale * weights_TK
+    _, plain_TK = jax.lax.top_k(scores_TE, moe.top_k)
+    return Routing(weights_TK, experts_TK, scores_TE, logits_TE, choice_TE, plain_TK)
 
 
 def node_limited(choice_TE: Array, moe: MoEConfig) -> Array:

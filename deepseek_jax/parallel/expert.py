@@ -30,6 +30,7 @@ from jax.sharding import Mesh, PartitionSpec
 from deepseek_jax.config import Config
 from deepseek_jax.parallel import partition, wire
 from deepseek_jax.parallel.mesh import AXES, EXPERTS
+from deepseek_jax.parallel.rows import on_devices
 from deepseek_jax.parallel.wire import Hop, Wire
 from deepseek_jax.runtime import Experts, GroupedDot, Runtime
 from deepseek_jax.typing import Array
@@ -95,13 +96,15 @@ def ring(group: Group, slots: Slots, weights: Weights, dot: GroupedDot) -> Array
     if size == 1:
         return y_tD
     slots = jax.tree.map(forward, slots)
+    away = slots, here(slots)
 
     def visit(at: tuple[Slots, Array], _: None) -> tuple[tuple[Slots, Array], None]:
         slots, y_tD = jax.tree.map(forward, at)
         return (slots, y_tD + here(slots)), None
 
-    (_, away_tD), _ = lax.scan(visit, (slots, here(slots)), length=size - 2)
-    return y_tD + forward(away_tD)
+    if size > 2:  # XLA:CPU (jax 0.11.2) may crash on a loop of no turns
+        away, _ = lax.scan(visit, away, length=size - 2)
+    return y_tD + forward(away[1])
 
 
 class Leg(NamedTuple):
@@ -265,4 +268,5 @@ def on_mesh(rt: Runtime, config: Config, mesh: Mesh) -> Runtime:
         rt,
         experts=experts,
         constrain=functools.partial(partition.pin, mesh=mesh),
+        rows=functools.partial(on_devices, mesh=mesh),
     )

@@ -92,8 +92,10 @@ def spec(place: Place | Split, shape: Shape, mesh: Mesh, name: str) -> Partition
             f"mesh rule for {name}: {len(place.axes)} places, {len(shape)} dimensions"
         )
     axes = [None] * (len(shape) - len(place.axes)) + list(place.axes)
-    for dim, over in zip(shape, axes, strict=True):
+    for n, (dim, over) in enumerate(zip(shape, axes, strict=True)):
         size = math.prod(mesh.shape[axis] for axis in _tuple(over))
+        if size == 1:
+            axes[n] = None
         if dim % size:
             raise ValueError(
                 f"mesh rule for {name}: its dimension {dim} must be a multiple of the "

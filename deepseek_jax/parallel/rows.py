@@ -1,7 +1,7 @@
 """A function on each device's own rows of a batch, where no row depends on another.
 
-XLA could split such a function itself, but would gather a scan over chunks of rows, and
-cannot split a kernel. Ours.
+XLA splits most of them by itself, but gathers all rows where a loop goes over chunks of
+them (the losses) and for `top_k` (the router), and cannot split a kernel. Ours.
 """
 
 from collections.abc import Callable
@@ -11,20 +11,14 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 
-def on_rows(
+def on_devices(
     function: Callable[..., Any],
+    *,
     mesh: Mesh,
     whole: tuple[int, ...] = (),
     total: bool = False,
 ) -> Callable[..., Any]:
-    """`function` of arrays whose leading axis is split over all devices.
-
-    Args:
-      whole: the arguments, by number, that every device gets all of.
-      total: results are summed over the devices; else they are rows again.
-    """
-    if mesh.size == 1:
-        return function
+    """`Runtime.rows` over all devices of a mesh."""
     rows = PartitionSpec(mesh.axis_names)
 
     def of_device(*arrays: Any) -> Any:

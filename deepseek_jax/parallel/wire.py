@@ -6,7 +6,7 @@ backward pass of either is the other. As in DeepSeek-V3 (arXiv:2412.19437, secti
 goes the same way in the backward pass of `collect`; what comes back is then BF16. A
 scale travels as f32 or, where it is a power of two, as one byte.
 
-Each pair of ranks may have the same room, or exactly what it needs: with `sizes_RR` rows
+Each pair of ranks may have the same room, or what it needs: with `sizes_RR` rows
 travel by `lax.ragged_all_to_all`, and where XLA has none, by the same made from a
 gather of everything, which is for tests.
 """

@@ -16,7 +16,6 @@ from deepseek_jax.data.batch import Batch
 from deepseek_jax.eval import routing
 from deepseek_jax.ops.losses import token_nll
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.parallel.rows import on_rows
 from deepseek_jax.train.objective import forward, router_masks, target_masks, totals
 from deepseek_jax.train.state import Parts, TrainState
 from deepseek_jax.typing import Array, Params
@@ -39,9 +38,8 @@ def make_evaluate_batch(
     """
     config = parts.config
     length, experts = config.data.length, config.model.moe.num_experts
-    loss_of = on_rows(
-        functools.partial(token_nll, dot=parts.model.rt.dot), parts.mesh, whole=(1,)
-    )
+    rt = parts.model.rt
+    loss_of = rt.rows(functools.partial(token_nll, dot=rt.dot), whole=(1,))
 
     def evaluate_batch(
         params: Params, balance: Any, batch: Batch

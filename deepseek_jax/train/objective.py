@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from deepseek_jax.data.batch import Batch
 from deepseek_jax.model.transformer import Output, Totals, count, marks, reaches
 from deepseek_jax.ops.losses import cross_entropy
-from deepseek_jax.parallel.rows import on_rows
 from deepseek_jax.train.state import Parts
 from deepseek_jax.typing import Array, Params
 
@@ -100,9 +99,9 @@ def objective(
     length = parts.config.data.length
     out = forward(parts, params, balance, batch, totals)
     hidden = (out.hidden_BLD, *out.mtp_JBLD)
-    nll, dot = [], parts.model.rt.dot
-    loss_of = on_rows(
-        functools.partial(cross_entropy, dot=dot), parts.mesh, whole=(1,), total=True
+    nll, rt = [], parts.model.rt
+    loss_of = rt.rows(
+        functools.partial(cross_entropy, dot=rt.dot), whole=(1,), total=True
     )
     for k, (h_BLD, mask_BL) in enumerate(
         zip(hidden, target_masks(parts, batch), strict=True)

@@ -130,14 +130,19 @@ def give_up(jobs: Sequence[Job], failed: Sequence[Job]) -> int:
     until = time.monotonic() + GRACE_S
     while not all(job.ended for job in jobs) and time.monotonic() < until:
         time.sleep(POLL_S)
+    hanging = [job for job in jobs if not job.ended]
+    for job in hanging:
+        job.process.kill()
     for job in jobs:
-        if not job.ended:
-            job.process.kill()
         job.process.wait()
         if job.copying:
             job.copying.join()
-    first = cause(jobs, failed)
+    rest = [job for job in jobs if job not in (*failed, *hanging)]
+    first = cause([*failed, *rest])
     code = first.process.returncode
+    if code == common.INTERRUPTED:
+        say(f"{runs.last_error(first.log)}; the same command goes on from here")
+        return code
     how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
     told = f": {runs.last_error(first.log)}" if code > 0 else ""
     say(
@@ -148,17 +153,21 @@ def give_up(jobs: Sequence[Job], failed: Sequence[Job]) -> int:
     return code if code > 0 else common.STOPPED
 
 
-def cause(jobs: Sequence[Job], failed: Sequence[Job]) -> Job:
-    """The process that failed for a reason of its own.
+def cause(ended: Sequence[Job]) -> Job:
+    """The one of those that ended, the earliest first, that had a reason of its own.
 
-    What was found failed may have died of another one's death, which JAX answers with
-    an abort; and of two that fail together only one may know why.
+    The others die of its death: JAX aborts them, or their exchange with it fails.
     """
-    codes = {job.index: job.process.returncode for job in jobs}
-    own = [job for job in jobs if codes[job.index] == common.BAD_INPUT]
-    aborted = -signal.SIGABRT
-    first = [job for job in failed if codes[job.index] != aborted]
-    return [*own, *first, *failed][0]
+
+    def own(job: Job) -> int:
+        code = job.process.returncode
+        if code == common.BAD_INPUT:
+            return 0
+        if code == 0 or code == -signal.SIGABRT:
+            return 3
+        return 2 if common.GONE in runs.last_error(job.log) else 1
+
+    return min(ended, key=own)
 
 
 def say(text: str) -> None:
@@ -172,7 +181,7 @@ def workdir(flags: Sequence[str]) -> Path:
       ValueError: there is none.
     """
     value = ""
-    for flag, after in zip(flags, [*flags[1:], ""], strict=True):
+    for flag, after in zip(flags, [*flags[1:], ""]):
         if flag == "--workdir":
             value = after
         elif flag.startswith("--workdir="):

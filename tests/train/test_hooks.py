@@ -98,6 +98,22 @@ def test_the_first_signal_is_noted_and_the_second_acts(number):
         signal.signal(number, before)
 
 
+def test_among_several_the_vote_decides_and_only_the_first_talks(monkeypatch):
+    monkeypatch.setattr(hooks.processes, "several", lambda: True)
+    monkeypatch.setattr(hooks.processes, "is_first", lambda: False)
+    interrupt = Interrupt()
+    assert not interrupt.stopping()
+    interrupt.received = signal.SIGINT
+    assert not interrupt.stopping()  # the others cannot know yet
+    interrupt.received = None
+    assert interrupt.stopping()
+    stream = io.StringIO()
+    progress = Progress(3, stream)
+    progress.update(1, VALUES, step_s=1)
+    progress.say("note")
+    assert not stream.getvalue()
+
+
 def test_off_the_main_thread_signals_are_left_alone():
     before = signal.getsignal(signal.SIGINT)
     seen = []

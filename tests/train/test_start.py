@@ -2,11 +2,10 @@
 
 import dataclasses
 
-import jax
 import pytest
 
 from deepseek_jax import train
-from deepseek_jax.config import DataConfig
+from deepseek_jax.config import DataConfig, MeshConfig
 from deepseek_jax.train import start
 from tests.factory import SMALL, small
 from tests.train.corpus import write_corpus
@@ -22,11 +21,13 @@ def config(tmp_path, monkeypatch):
     )
 
 
-def test_several_processes_are_refused_before_any_work(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
+def test_a_mesh_that_does_not_fit_is_refused_before_any_work(
+    config, tmp_path, monkeypatch
+):
     monkeypatch.setattr(start, "open_corpus", pytest.fail)
-    with pytest.raises(ValueError, match=r"2 JAX processes: a run is one process"):
-        train.run(config, tmp_path / "run")
+    unfit = dataclasses.replace(config, mesh=MeshConfig(data=2))
+    with pytest.raises(ValueError, match=r"make 2 devices"):
+        train.run(unfit, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
