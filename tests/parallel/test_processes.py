@@ -113,6 +113,7 @@ def test_a_checkpoint_of_four_goes_on_in_one_and_in_two(command, tmp_path):
         assert_close(records(workdir), command.records(1))
 
 
+@pytest.mark.slow
 def test_a_stop_signal_to_one_stops_both_and_the_run_goes_on(command, tmp_path, capfd):
     assert command(tmp_path, 2, "SIGINT", 1, 7) == 130
     [*_, step] = folders.steps(tmp_path / "checkpoints")
@@ -123,6 +124,7 @@ def test_a_stop_signal_to_one_stops_both_and_the_run_goes_on(command, tmp_path, 
     assert records(tmp_path) == command.records(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_soon(command, tmp_path, capfd, killed):
     began = time.monotonic()
