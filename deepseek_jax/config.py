@@ -38,7 +38,7 @@ COMPUTES = ("f32", "bf16")
 ATTENTION_PATHS = ("plain", "chunked")
 EXPERT_PATHS = ("dense", "blocks")
 REMATS = ("none", "products", "full")
-RULES = ("fsdp", "zero1", "ep", "replicated", "decode")
+RULES = ("fsdp", "zero1", "ep", "replicated")
 TRANSPORTS = ("all_to_all", "two_hop", "ragged", "ring")
 PAYLOADS = ("exact", "bf16", "fp8", "fp8_ue8m0")
 

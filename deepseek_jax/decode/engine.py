@@ -238,8 +238,9 @@ def warm_up(
 
     The first step of a program is slower than all others, on a CPU by that of hundreds.
     """
-    limit_B, done_B = jnp.copy(state.length_B), jnp.copy(state.done_B)
-    steps_B = jnp.copy(state.steps_B)
+    # Arrays come from where those of later calls do, or all would be compiled again.
+    limit_B = jnp.asarray(np.array(state.length_B))
+    done_B, steps_B = jnp.copy(state.done_B), jnp.copy(state.steps_B)
     state = advance(model, weights, state, rule, limit_B, stop_N, jnp.int32(1))
     return jax.block_until_ready(state._replace(done_B=done_B, steps_B=steps_B))
 

@@ -6,7 +6,7 @@ runtime.
 
 import os
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import jax
 
@@ -27,7 +27,8 @@ HEARTBEAT_S = 30  # after which a silent process counts as dead
 SHUTDOWN_S = 60  # that a process which is done waits for the others
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """What `jax.distributed.initialize` is told; None is left to JAX."""
 
     address: str | None = None

@@ -30,7 +30,7 @@ from jax.sharding import Mesh, PartitionSpec
 from deepseek_jax.config import Config
 from deepseek_jax.parallel import partition, wire
 from deepseek_jax.parallel.mesh import AXES, EXPERTS
-from deepseek_jax.parallel.rows import on_devices
+from deepseek_jax.parallel.rows import attention_on_devices, on_devices
 from deepseek_jax.parallel.wire import Hop, Wire
 from deepseek_jax.runtime import Experts, GroupedDot, Runtime
 from deepseek_jax.typing import Array
@@ -266,6 +266,9 @@ def on_mesh(rt: Runtime, config: Config, mesh: Mesh) -> Runtime:
     )
     return replace(
         rt,
+        attention=functools.partial(
+            attention_on_devices, attention=rt.attention, mesh=mesh
+        ),
         experts=experts,
         constrain=functools.partial(partition.pin, mesh=mesh),
         rows=functools.partial(on_devices, mesh=mesh),

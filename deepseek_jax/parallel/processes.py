@@ -75,7 +75,7 @@ def first[T](function: Callable[[], T]) -> T:
     value, error = gather((value, _portable(error)))[0]
     if error is not None:
         raise error
-    return value  # type: ignore[return-value]
+    return value
 
 
 def wait() -> None:

@@ -1,7 +1,8 @@
 """A function on each device's own rows of a batch, where no row depends on another.
 
 XLA splits most of them by itself, but gathers all rows where a loop goes over chunks of
-them (the losses) and for `top_k` (the router), and cannot split a kernel. Ours.
+them (attention, the losses) and for `top_k` (the router), and cannot split a kernel.
+Ours.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,9 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
+
+from deepseek_jax.runtime import Attention
+from deepseek_jax.typing import Array
 
 
 def on_devices(
@@ -36,3 +40,15 @@ def on_devices(
         )(*arrays)
 
     return of_all
+
+
+def attention_on_devices(
+    *arrays: Array | None, scale: float, attention: Attention, mesh: Mesh
+) -> Array:
+    """`Runtime.attention` over all devices of a mesh."""
+
+    def of_device(*arrays: Any) -> Array:
+        return attention(*arrays, scale=scale)
+
+    out: Array = on_devices(of_device, mesh=mesh)(*arrays)
+    return out

@@ -6,8 +6,7 @@ mesh axes of the last dimensions, so that one rule serves a layer and a stack of
 
 `fsdp` shards everything (ZeRO-3) and experts over their axes; `zero1` shards only what
 AdamW keeps, over all devices, as DeepSeek-V3 does (arXiv:2412.19437, section 3.1); `ep`
-shards nothing but experts, in whatever tree; `replicated` nothing at all. `decode` is
-for parameters without an optimizer: experts over every device.
+shards nothing but experts; `replicated` nothing at all.
 """
 
 from typing import NamedTuple
@@ -56,7 +55,6 @@ PRESETS: dict[str, tuple[Rule, ...]] = {
     ),
     "ep": (Rule(EXPERT, Place((EXPERTS, None, None))), Rule("", WHOLE)),
     "replicated": (Rule("", WHOLE),),
-    "decode": (Rule(EXPERT, Place((AXES, None, None))), Rule("", WHOLE)),
 }
 
 # What `Runtime.constrain` pins, by the name it is given. Rows are split over all axes.

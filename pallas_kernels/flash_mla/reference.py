@@ -232,11 +232,20 @@ def _backward_piece(
             p = jnp.exp(_scores(tile, tiles.repeat, x) - lse[:, rows])
             dp = product(g[:, rows], x.v[:, keys], -1)
             ds = (p * (dp - delta[:, rows])).astype(x.q.dtype)
-            dv_t = dv_t.at[..., keys].add(product(g_t[..., rows], p.astype(g.dtype)))
-            dk_t = dk_t.at[..., keys].add(product(q_t[..., rows], ds))
+            dv_t = _add(dv_t, tile, product(g_t[..., rows], p.astype(g.dtype)))
+            dk_t = _add(dk_t, tile, product(q_t[..., rows], ds))
             parts.append(product(ds, x.k[:, keys]))
         dq.append(sum(parts))
     return jnp.concatenate(dq, 1), dk_t.mT, dv_t.mT
+
+
+def _add(total_t: Array, tile: Tile, part: Array) -> Array:
+    """Adds a tile's part to columns [low, high).
+
+    Not by `.at[].add`, on which XLA:CPU (jax 0.11.2) crashes inside `shard_map`.
+    """
+    sums = total_t[..., tile.low : tile.high] + part
+    return lax.dynamic_update_slice_in_dim(total_t, sums, tile.low, -1)
 
 
 def _map_pieces(function: Any, pieces: int, operands: Any) -> Any:
