@@ -12,6 +12,12 @@ from jax.experimental import topologies
 
 PER_HOST = 8  # cards that NVLink joins
 
+# Several collectives at once, so that a small one does not take the place beside a
+# matrix product from a large one. Experimental: see to it whenever jax is renewed.
+OVERLAP: dict[str, bool | int | str] = {
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 4
+}
+
 H100 = """
 platform_name: "CUDA"
 device_description_str: "NVIDIA H100 80GB HBM3"

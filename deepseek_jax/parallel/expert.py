@@ -102,6 +102,8 @@ def ring(group: Group, slots: Slots, weights: Weights, dot: GroupedDot) -> Array
         slots, y_tD = jax.tree.map(forward, at)
         return (slots, y_tD + here(slots)), None
 
+    # What a visit computes would be kept size - 2 times for the backward pass.
+    visit = jax.checkpoint(visit, prevent_cse=False)
     if size > 2:  # XLA:CPU (jax 0.11.2) may crash on a loop of no turns
         away, _ = lax.scan(visit, away, length=size - 2)
     return y_tD + forward(away[1])

@@ -244,9 +244,9 @@ def test_the_loop_is_compiled_once_for_weights_that_have_their_device():
     model, weights, _ = replica.built()
     weights = jax.device_put(weights, jax.devices()[0])
     engine.advance.clear_cache()
-    with jax.log_compiles(), warnings.catch_warnings(record=True):
-        with count_compilations() as compiled:
-            engine.generate(model, weights, prompts([17, 25]), 6, depth=1)
+    quiet = warnings.catch_warnings(record=True)
+    with jax.log_compiles(), quiet, count_compilations() as compiled:
+        engine.generate(model, weights, prompts([17, 25]), 6, depth=1)
     assert sum("jit(advance)" in name for name in compiled) == 1
 
 

@@ -91,6 +91,34 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+# Every mesh and every transport once; the other pairs take as long again.
+QUICK = (
+    "data 8, all_to_all",
+    "fsdp 8, all_to_all",
+    "expert 8, ragged",
+    "data 2, expert 4, ring",
+    "node 2, local 4, two_hop",
+    "data 2, fsdp 2, expert 2, all_to_all",
+)
+
+
+def pairs(*quick: str):
+    return [
+        pytest.param(way, marks=[] if way in quick else pytest.mark.slow)
+        for way in WAYS
+    ]
+
+
+@pytest.mark.parametrize("way", pairs(*QUICK))
 def test_five_steps_are_those_of_one_device(way):
     assert_same(WAYS[way], 1e-10, 1e-10)
+
+
+@pytest.mark.parametrize("way", pairs("node 2, local 4, two_hop"))
+def test_the_first_step_in_float32(way):
+    assert_same(WAYS[way], 1e-6, 1e-5, x64=False, steps=1)
+
+
+def test_the_quick_ones_are_of_every_kind():
+    assert {way.rsplit(", ", 1)[0] for way in QUICK} == set(SHAPES)
+    assert {way.rsplit(", ", 1)[1] for way in QUICK} == set(TRANSPORTS)
