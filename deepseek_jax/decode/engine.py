@@ -107,7 +107,7 @@ def check(
         if outside:
             raise ValueError(
                 f"prompt {row} has token {outside[0]}: must be 0 to "
-                f"{config.vocab_size - 1}, below the model's vocab_size"
+                f"{config.vocab_size - 1}, the vocab_size is {config.vocab_size}"
             )
         if context is not None and len(prompt) + max_tokens > context:
             room, most = context - len(prompt), context - max_tokens

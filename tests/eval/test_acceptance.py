@@ -119,6 +119,8 @@ def test_bad_input_is_refused_before_work(case, monkeypatch):
     assert message in str(error.value)
     with pytest.raises(ValueError, match="there are none"):
         acceptance.measure(model, weights, {}, prompt_tokens=1, max_tokens=1)
+    with pytest.raises(ValueError, match=r"domain 'a' has as many$"):
+        acceptance.beginnings({"a": []}, 5)
 
 
 def test_agreement_is_that_of_each_position_by_itself():

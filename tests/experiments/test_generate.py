@@ -186,6 +186,7 @@ def test_a_prompt_from_a_file(run, tmp_path, capsys):
         ((), {"n": 0}, "--n 0: must be at least 1"),
         ((), {"temperature": -1}, "temperature = -1.0"),
         ((), {"prompt": None, "prompt-file": "nowhere.txt"}, "there is no such file"),
+        ((), {"prompt": None, "prompt-file": "/"}, "there is no such file"),
         ((), {"checkpoint": "nowhere"}, "nowhere"),
         ((), {"prompt": None}, "--prompt"),
         ((), {"topk": 3}, "--topk"),
