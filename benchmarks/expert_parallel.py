@@ -163,8 +163,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a .png, of --run")
     args = parser.parse_args()
     for name, _, _ in numbers:
-        if getattr(args, name) < (name != "rounds"):
-            parser.error(f"--{name} {getattr(args, name)}: must be positive")
+        least = 0 if name == "rounds" else 1
+        if getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least {least}")
     if args.capacity <= 0:
         parser.error(f"--capacity {args.capacity}: must be positive")
     if args.plot and not args.run:

@@ -28,7 +28,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from deepseek_jax.config import Config
-from deepseek_jax.parallel import partition, wire
+from deepseek_jax.parallel import partition, traffic, wire
 from deepseek_jax.parallel.mesh import AXES, EXPERTS
 from deepseek_jax.parallel.rows import attention_on_devices, on_devices
 from deepseek_jax.parallel.wire import Hop, Wire
@@ -170,14 +170,13 @@ def plan_route(
       it always has.
     """
     tokens, top_k = experts_tK.shape
-    rows, copies = tokens, tokens  # places, and how many an even load fills
-    checks, hops = [], []
-    for axes, ranks, experts in legs:
-        spread = min(top_k, ranks, group.reach if axes == ("node",) else ranks)
-        copies = min(copies * spread, tokens * top_k)
-        wanted = math.ceil(group.capacity * copies / (1 if ragged else ranks))
-        ceiling = rows * ranks if ragged else rows
-        room = min(wanted, ceiling)
+    rows, checks, hops = tokens, [], []
+    ranks_of = tuple(leg.ranks for leg in legs)
+    reach = tuple(group.reach if a == ("node",) else n for a, n, _ in legs)
+    rooms = traffic.rooms(
+        ranks_of, reach, tokens, top_k, capacity=group.capacity, ragged=ragged
+    )
+    for (axes, ranks, experts), (_, room, ceiling) in zip(legs, rooms, strict=True):
         rank_tK = experts_tK // experts
         if ragged:
             hop, fits = wire.plan_ragged(rank_tK, ranks, room, axes)
