@@ -414,6 +414,12 @@ class MeshConfig:
         _one_of("mesh.rules", self.rules, RULES)
         _one_of("mesh.transport", self.transport, TRANSPORTS)
         _one_of("mesh.payload", self.payload, PAYLOADS)
+        _check(
+            self.transport != "ring" or self.payload == "exact",
+            "mesh.payload",
+            self.payload,
+            "must be 'exact' with mesh.transport = 'ring', which sends what it has",
+        )
 
     @property
     def size(self) -> int:

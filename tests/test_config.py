@@ -94,6 +94,7 @@ REFUSED = [
     ("mesh.capacity", 0.0, "must be positive", {}),
     ("mesh.transport", "alltoall", "did you mean 'all_to_all'?", {}),
     ("mesh.payload", "fp16", "did you mean 'bf16'?", {}),
+    ("mesh.payload", "fp8", "must be 'exact' with", {"mesh.transport": "ring"}),
     (
         "model.moe.num_experts",
         256,

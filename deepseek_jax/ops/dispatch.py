@@ -86,7 +86,8 @@ def layout(
 
     row_M = padded_E[expert_M] + rank_M - sorted_E[expert_M]
     row_M = jnp.where(expert_M < num_experts, row_M, row_nb.size)
-    return Layout(expert_n, end_E[-1], slot_nb, row_M.reshape(experts_TK.shape))
+    used = jnp.minimum(end_E[-1], num_blocks)  # more than `most` slots are cut off
+    return Layout(expert_n, used, slot_nb, row_M.reshape(experts_TK.shape))
 
 
 @jax.custom_vjp

@@ -4,7 +4,8 @@ Each transport computes what `Runtime.experts` does for the rows of a device, wh
 experts are split over `node` x `expert`. No token is ever dropped.
 
 * `ring`: every device's tokens go round by all the others, and what these add to the
-  result goes with them. It moves T-1 of T shares whatever the routing, in little room.
+  result goes with them. It moves all of the tokens whatever the routing, as they are,
+  and computes a device's share of them at a time; the backward pass keeps them all.
 * `all_to_all`: a token is copied once to each device that has one of its experts, into
   room for `capacity` times an even load. `ragged` sends only what there is.
 * `two_hop`: a token is copied once to each node that has one of its experts, to the

@@ -22,7 +22,13 @@ from jax import lax
 
 from deepseek_jax.ops.dispatch import Sorted, sort
 from deepseek_jax.typing import Array
-from pallas_kernels.fp8_quantize.reference import TILE, dequantize, quantize
+from pallas_kernels.fp8_quantize.reference import (
+    TILE,
+    TINY_AMAX,
+    dequantize,
+    encode,
+    scales,
+)
 
 EXPONENT = 23  # bits of a float32 below its exponent
 
@@ -78,6 +84,9 @@ def plan_ragged(
     place_M = jnp.where(first_tK.reshape(-1) < ranks, rank_M, places)
     sizes_RR = lax.all_gather(count_R, axes)
     fits = sizes_RR[:, lax.axis_index(axes)].sum() <= room
+    # What does not fit is not sent: it would be written past the end.
+    ends_RR = jnp.minimum(jnp.cumsum(sizes_RR, 0), room)
+    sizes_RR = jnp.diff(ends_RR, axis=0, prepend=0)
     return Hop(row_s, place_M.reshape(rank_tK.shape), sizes_RR), fits
 
 
@@ -200,7 +209,9 @@ def _to_bf16(x: Array) -> tuple[Array, ...]:
 
 
 def _to_fp8(x: Array) -> tuple[Array, ...]:
-    return quantize(x, TILE, power_of_two=True)
+    # Gradients of a mean over millions of tokens are far below the usual least scale.
+    scale = lax.optimization_barrier(scales(x, TILE, True, TINY_AMAX))
+    return encode(x, scale, TILE), scale
 
 
 def _from_fp8(codes: Array, scale: Array, dtype: Any) -> Array:
