@@ -131,7 +131,8 @@ def exchange(
     legs, experts = [], len(weights.gate_eDF) * group.size(EXPERTS)
     for axes in route:
         experts //= group.size(axes)
-        legs.append(Leg(axes, group.size(axes), experts))
+        if group.size(axes) > 1:  # within a device nothing is sent
+            legs.append(Leg(axes, group.size(axes), experts))
     with jax.named_scope("dispatch"):
         hops, experts_rK, most, fits = plan_route(group, slots.experts_tK, legs, ragged)
         x_rD, weights_rK = slots.x_tD, slots.weights_tK
@@ -194,8 +195,7 @@ def plan_route(
     most = min(rows * min(top_k, experts), math.ceil(group.capacity * tokens * top_k))
     if most < rows * min(top_k, experts):
         checks.append((experts_tK < experts).sum() <= most)
-    fits = jnp.stack(checks).all() if checks else None
-    return hops, experts_tK, most, fits
+    return hops, experts_tK, most, jnp.stack(checks).all() if checks else None
 
 
 Transport = Callable[[Group, Slots, Weights, GroupedDot], Array]
@@ -259,10 +259,11 @@ def on_mesh(rt: Runtime, config: Config, mesh: Mesh) -> Runtime:
         config.mesh.payload,
         mesh.devices.flat[0].platform in GPUS,
     )
+    shared = group.size(EXPERTS) > 1  # else the ring is the device's own computation
     experts = functools.partial(
         experts_on_mesh,
         mesh=mesh,
-        transport=TRANSPORTS[config.mesh.transport],
+        transport=TRANSPORTS[config.mesh.transport if shared else "ring"],
         group=group,
         places=partition.expert_places(config, mesh),
     )

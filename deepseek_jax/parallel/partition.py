@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.config import Config, MeshConfig
 from deepseek_jax.parallel import rules as tables
+from deepseek_jax.parallel.mesh import EXPERTS
 from deepseek_jax.parallel.rules import Axes, Place, Rule, Split
 
 Shape = tuple[int, ...]
@@ -131,7 +132,7 @@ def expert_places(config: Config, mesh: Mesh) -> tuple[PartitionSpec, ...]:
     for name, matrix in {"gate": wide, "up": wide, "down": tall}.items():
         path, shape = f"params/moe/moe/{name}", (moe.num_experts, *matrix)
         place = spec(deciding(rules_of(config.mesh), path).place, shape, mesh, path)
-        places.append(PartitionSpec(tables.EXPERTS, *(*place[1:], None, None)[:2]))
+        places.append(PartitionSpec(EXPERTS, *(*place[1:], None, None)[:2]))
     return tuple(places)
 
 

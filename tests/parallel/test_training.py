@@ -127,3 +127,10 @@ def test_the_first_step_in_float32(way):
 def test_the_quick_ones_are_of_every_kind():
     assert {way.rsplit(", ", 1)[0] for way in QUICK} == set(SHAPES)
     assert {way.rsplit(", ", 1)[1] for way in QUICK} == set(TRANSPORTS)
+
+
+def test_nothing_is_quantised_where_nothing_is_sent():
+    """Without an expert axis an FP8 payload changes no bit."""
+    exact, fp8 = (MeshConfig(data=2, payload=payload) for payload in ("exact", "fp8"))
+    (got, _), (want, _) = (trained(m, x64=False, steps=1) for m in (fp8, exact))
+    assert got[0][0] == want[0][0]
