@@ -100,7 +100,7 @@ def layer(transport: str, payload: str, tokens: int, dim: int) -> Callable[[], A
     @jax.jit
     def run(experts_TK: Array, *floats: Array) -> Any:
         def total(x: Array, weights: Array, *matrices: Array) -> Array:
-            y = rt.experts(
+            y, _ = rt.experts(
                 x, weights, experts_TK, *matrices, grouped_dot=rt.grouped_dot
             )
             return (y**2).sum()

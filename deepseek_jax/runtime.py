@@ -78,7 +78,9 @@ class LatentAttention(Protocol):
 class Experts(Protocol):
     """sum_k weights_TK[:, k] SwiGLU of expert experts_TK[:, k]: [T, D], dropless.
 
-    At most `most` slots go anywhere; the others have expert E and weight 0.
+    At most `most` slots go anywhere; the others have expert E and weight 0. `beside` is
+    the caller's own, and comes back: where tokens travel to experts on other devices,
+    it is computed before these start, so that the one hides the other.
     """
 
     def __call__(
@@ -93,7 +95,8 @@ class Experts(Protocol):
         *,
         grouped_dot: GroupedDot,
         most: int | None = None,
-    ) -> Array: ...
+        beside: Array | None = None,
+    ) -> tuple[Array, Array | None]: ...
 
 
 class Constrain(Protocol):
@@ -117,6 +120,17 @@ class Rows(Protocol):
         whole: tuple[int, ...] = (),
         total: bool = False,
     ) -> Callable[..., Any]: ...
+
+
+def at_home(
+    *slots_and_weights: Array,
+    experts: Callable[..., Array],
+    grouped_dot: GroupedDot,
+    most: int | None = None,
+    beside: Array | None = None,
+) -> tuple[Array, Array | None]:
+    """An `Experts` of a function on the slots of a device that holds all experts."""
+    return experts(*slots_and_weights, grouped_dot=grouped_dot, most=most), beside
 
 
 def unconstrained(x: Array, name: str) -> Array:
@@ -143,7 +157,7 @@ class Runtime:
     grouped_dot: GroupedDot = grouped_dot_oracle
     attention: Attention = attention
     latent_attention: LatentAttention = latent_attention_oracle
-    experts: Experts = experts_dense
+    experts: Experts = functools.partial(at_home, experts=experts_dense)
     constrain: Constrain = unconstrained
     rows: Rows = together
     remat: Callable[..., Any] | None = None
@@ -165,7 +179,7 @@ def build(config: RuntimeConfig) -> Runtime:
         "plain": attention,
         "chunked": functools.partial(chunked_attention, compute_dtype=dtype),
     }
-    experts: dict[str, Experts] = {
+    experts: dict[str, Callable[..., Array]] = {
         "dense": experts_dense,
         "blocks": functools.partial(experts_by_size, block=config.block),
     }
@@ -174,6 +188,6 @@ def build(config: RuntimeConfig) -> Runtime:
         grouped_dot=functools.partial(grouped_dot, compute_dtype=dtype),
         attention=attentions[config.attention],
         latent_attention=latent_attention,
-        experts=experts[config.experts],
+        experts=functools.partial(at_home, experts=experts[config.experts]),
         remat=REMATS[config.remat],
     )

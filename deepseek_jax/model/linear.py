@@ -53,12 +53,21 @@ class SwiGLU(nn.Module):
     config: ModelConfig
     rt: Runtime
 
-    @nn.compact
+    def setup(self) -> None:
+        self.gate = Linear(self.hidden, self.config, self.rt)
+        self.up = Linear(self.hidden, self.config, self.rt)
+        self.down = Linear(self.config.dim, self.config, self.rt)
+
+    def inner(self, x_BLD: Array) -> Array:
+        """The first half: what `down` multiplies."""
+        return jax.nn.silu(at_least_f32(self.gate(x_BLD))) * self.up(x_BLD)
+
+    def outer(self, hidden: Array) -> Array:
+        """The second half."""
+        return self.down(hidden)
+
     def __call__(self, x_BLD: Array) -> Array:
-        gate = Linear(self.hidden, self.config, self.rt, name="gate")(x_BLD)
-        up = Linear(self.hidden, self.config, self.rt, name="up")(x_BLD)
-        hidden = jax.nn.silu(at_least_f32(gate)) * up
-        return Linear(x_BLD.shape[-1], self.config, self.rt, name="down")(hidden)
+        return self.outer(self.inner(x_BLD))
 
 
 def embed(table_VD: Array, tokens_BL: Array) -> Array:

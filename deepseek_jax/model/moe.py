@@ -49,8 +49,13 @@ class MoE(nn.Module):
             )
             by_row = functools.partial(route, select=self.balancer.select, moe=moe)
             routing = self.rt.rows(by_row, whole=(1,))(logits_TE, state)
+        shared, inner_TF = None, None
+        if moe.num_shared:
+            size = moe.num_shared * hidden
+            shared = SwiGLU(size, self.config, self.rt, name="shared")
+            inner_TF = shared.inner(x_TD)
         with jax.named_scope("experts"):
-            y_TD = self.rt.experts(
+            y_TD, inner_TF = self.rt.experts(
                 x_TD,
                 routing.weights_TK,
                 routing.experts_TK,
@@ -58,13 +63,10 @@ class MoE(nn.Module):
                 self.param("up", init, (experts, dim, hidden)),
                 self.param("down", init, (experts, hidden, dim)),
                 grouped_dot=self.rt.grouped_dot,
+                beside=inner_TF,
             )
-        y_BLD = y_TD.reshape(x_BLD.shape)
-        if moe.num_shared:
-            shared = SwiGLU(
-                moe.num_shared * hidden, self.config, self.rt, name="shared"
-            )
-            y_BLD = y_BLD + shared(x_BLD)
+        if shared is not None:
+            y_TD = y_TD + shared.outer(inner_TF)
         valid_T = context.valid_BL.reshape(-1)
 
         def counts(routing: Routing, valid_T: Array) -> tuple[Array, Any]:
@@ -77,4 +79,4 @@ class MoE(nn.Module):
             jnp.asarray(self.balancer.penalty(routing, context), logits_TE.dtype),
             routing.experts_TK,
         )
-        return y_BLD, aux
+        return y_TD.reshape(x_BLD.shape), aux

@@ -83,7 +83,13 @@ def own(slots: Slots, rank: Array, experts: int) -> Slots:
     )
 
 
-def ring(group: Group, slots: Slots, weights: Weights, dot: GroupedDot) -> Array:
+def ring(
+    group: Group,
+    slots: Slots,
+    weights: Weights,
+    dot: GroupedDot,
+    beside: Array | None = None,
+) -> tuple[Array, Array | None]:
     """Tokens visit every device; see the module."""
     size, experts = group.size(EXPERTS), len(weights.gate_eDF)
     following = [(rank, (rank + 1) % size) for rank in range(size)]
@@ -91,11 +97,12 @@ def ring(group: Group, slots: Slots, weights: Weights, dot: GroupedDot) -> Array
     me = lax.axis_index(EXPERTS)
 
     def here(slots: Slots) -> Array:
-        return group.local(*own(slots, me, experts), *weights, grouped_dot=dot)
+        mine = own(slots, me, experts)
+        return group.local(*mine, *weights, grouped_dot=dot)[0]
 
     y_tD = here(slots)
     if size == 1:
-        return y_tD
+        return y_tD, beside
     slots = jax.tree.map(forward, slots)
     away = slots, here(slots)
 
@@ -107,7 +114,7 @@ def ring(group: Group, slots: Slots, weights: Weights, dot: GroupedDot) -> Array
     visit = jax.checkpoint(visit, prevent_cse=False)
     if size > 2:  # XLA:CPU (jax 0.11.2) may crash on a loop of no turns
         away, _ = lax.scan(visit, away, length=size - 2)
-    return y_tD + forward(away[1])
+    return y_tD + forward(away[1]), beside
 
 
 class Leg(NamedTuple):
@@ -123,10 +130,11 @@ def exchange(
     slots: Slots,
     weights: Weights,
     dot: GroupedDot,
+    beside: Array | None = None,
     *,
     route: tuple[tuple[str, ...], ...],
     ragged: bool = False,
-) -> Array:
+) -> tuple[Array, Array | None]:
     """Tokens are copied to the devices of their experts over one leg after another."""
     legs, experts = [], len(weights.gate_eDF) * group.size(EXPERTS)
     for axes in route:
@@ -140,25 +148,28 @@ def exchange(
             x_rD = wire.send(x_rD, hop, way)
             weights_rK = wire.send(weights_rK, hop, replace(way, payload="exact"))
         weights_rK = jnp.where(experts_rK < experts, weights_rK, 0)
-    y_rD = group.local(
+    # Without this XLA leaves all of it for the way back.
+    x_rD, beside = lax.optimization_barrier((x_rD, beside))
+    y_rD, _ = group.local(
         x_rD, weights_rK, experts_rK, *weights, grouped_dot=dot, most=most
     )
     with jax.named_scope("combine"):
         for hop, way in reversed(hops):
             y_rD = wire.collect(y_rD, hop, way)
     if fits is None:
-        return y_rD
+        return y_rD, beside
     # The rows above are on their way whatever it says, so that they need not wait. All
     # devices do the same: XLA may make one exchange of those of several groups.
     again = jax.checkpoint(functools.partial(ring, group, dot=dot))
-    return lax.cond(
+    y_tD = lax.cond(
         lax.pmin(fits.astype(jnp.int32), AXES) > 0,
         lambda y_tD, *_: y_tD,
-        lambda _, slots, weights: again(slots, weights),
+        lambda _, slots, weights: again(slots, weights)[0],
         y_rD,
         slots,
         weights,
     )
+    return y_tD, beside
 
 
 def plan_route(
@@ -198,7 +209,7 @@ def plan_route(
     return hops, experts_tK, most, jnp.stack(checks).all() if checks else None
 
 
-Transport = Callable[[Group, Slots, Weights, GroupedDot], Array]
+Transport = Callable[..., tuple[Array, Array | None]]
 
 TRANSPORTS: dict[str, Transport] = {
     "ring": ring,
@@ -218,11 +229,12 @@ def experts_on_mesh(
     *,
     grouped_dot: GroupedDot,
     most: int | None = None,
+    beside: Array | None = None,
     mesh: Mesh,
     transport: Transport,
     group: Group,
     places: tuple[PartitionSpec, ...],
-) -> Array:
+) -> tuple[Array, Array | None]:
     """`Runtime.experts` with rows split over all of a mesh.
 
     Args:
@@ -234,14 +246,20 @@ def experts_on_mesh(
             w = w if axes is None else lax.all_gather(w, axes, axis=dim, tiled=True)
         return w
 
-    def on_device(slots: Slots, weights: tuple[Array, ...]) -> Array:
+    def on_device(
+        slots: Slots, weights: tuple[Array, ...], beside: Array | None
+    ) -> tuple[Array, Array | None]:
         whole = Weights(*map(gathered, weights, places))
-        return transport(group, slots, whole, grouped_dot)
+        return transport(group, slots, whole, grouped_dot, beside)
 
     rows = PartitionSpec(mesh.axis_names)
     return jax.shard_map(
-        on_device, mesh=mesh, in_specs=(rows, places), out_specs=rows, check_vma=False
-    )(Slots(x_TD, weights_TK, experts_TK), (gate_EDF, up_EDF, down_EFD))
+        on_device,
+        mesh=mesh,
+        in_specs=(rows, places, rows),
+        out_specs=rows,
+        check_vma=False,
+    )(Slots(x_TD, weights_TK, experts_TK), (gate_EDF, up_EDF, down_EFD), beside)
 
 
 def on_mesh(rt: Runtime, config: Config, mesh: Mesh) -> Runtime:

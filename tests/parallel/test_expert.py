@@ -41,7 +41,7 @@ def results(mesh: MeshConfig, routing: str):
         floats, experts, cotangent = layer(routing)
 
         def total(x, weights, gate, up, down):
-            y = rt.experts(
+            y, _ = rt.experts(
                 x, weights, experts, gate, up, down, grouped_dot=rt.grouped_dot
             )
             return (y * cotangent).sum()
