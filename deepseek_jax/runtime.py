@@ -145,6 +145,9 @@ def together(
     return function
 
 
+DENSE = functools.partial(at_home, experts=experts_dense)
+
+
 @dataclass(frozen=True)
 class Runtime:
     """The callables a model is computed with.
@@ -157,7 +160,7 @@ class Runtime:
     grouped_dot: GroupedDot = grouped_dot_oracle
     attention: Attention = attention
     latent_attention: LatentAttention = latent_attention_oracle
-    experts: Experts = functools.partial(at_home, experts=experts_dense)
+    experts: Experts = DENSE
     constrain: Constrain = unconstrained
     rows: Rows = together
     remat: Callable[..., Any] | None = None

@@ -44,6 +44,7 @@ MAY_IMPORT = {
     ".posttrain": f"{CORE} .train .decode .data .ops .optim jax numpy optax",
     ".analysis": f"{CORE} .parallel.pipeline numpy",
     ".analysis.plots*": f"{CORE} numpy matplotlib plotly",
+    ".analysis.gantt": f"{CORE} .parallel.pipeline numpy matplotlib",
     "deepseek_jax": "",
     "benchmarks": ". pallas_kernels jax numpy optax",
     "experiments": ". pallas_kernels jax numpy absl ml_collections",

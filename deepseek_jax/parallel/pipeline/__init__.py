@@ -1,0 +1,1 @@
+"""Pipeline parallelism: schedules as tables, what is wrong with one, what one costs."""
