@@ -1,12 +1,19 @@
-"""E4M3 with a scale for every tile or block (arXiv:2412.19437, section 3.3.2).
+"""Numbers of 8 and 12 bits with a scale for every tile or block.
 
-Activations go by tiles of 1 x 128 (a token, 128 channels), weights by blocks of 128 x
-128. A scale is the largest magnitude over 448, the format's largest number, computed
-from the values at hand; the magnitude counts as at least 1e-4, as in DeepSeek's
-released kernel, or as `least`, so that zeros have a scale. `power_of_two` rounds scales
-up to powers of two (their `ue8m0` format). A number is its code *times* its scale.
-Blocks that stick out over an edge are filled with zeros, which changes nothing.
+Section 3.3.2 of arXiv:2412.19437: activations go by tiles of 1 x 128 (a token, 128
+channels), weights by blocks of 128 x 128, both as E4M3. A scale is the largest
+magnitude over the format's largest number, 448, computed from the values at hand; the
+magnitude counts as at least 1e-4, as in DeepSeek's released kernel, or as `least`, so
+that zeros have a scale. `power_of_two` rounds scales up to powers of two (their `ue8m0`
+format). A number is its code *times* its scale. Blocks that stick out over an edge are
+filled with zeros, which changes nothing.
+
+E5M6 (section 3.3.3) is published by its name alone. Here it is what E5M2 is with four
+more digits: a float16 whose last four bits are zero, the top exponent kept for infinity
+and NaN.
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +22,38 @@ from jax import lax
 Array = jax.Array
 Block = tuple[int, int]
 
-E4M3_MAX = 448.0
+
+class Format(NamedTuple):
+    """A sign, `exponent` and `mantissa` bits; codes are numbers of type `dtype`."""
+
+    exponent: int
+    mantissa: int
+    largest: float
+    dtype: Any
+
+    @property
+    def bits(self) -> int:
+        return 1 + self.exponent + self.mantissa
+
+    @property
+    def normal(self) -> float:
+        """The least number with a full mantissa; below, numbers are equally spaced."""
+        return 2.0 ** (2 - 2 ** (self.exponent - 1))
+
+    @property
+    def tiny_amax(self) -> float:
+        """The least largest magnitude whose scale is a normal float32."""
+        return self.largest * 2.0**-126
+
+
+FORMATS: dict[str, Format] = {
+    "e4m3": Format(4, 3, 448.0, jnp.float8_e4m3fn),
+    "e5m2": Format(5, 2, 57344.0, jnp.float8_e5m2),
+    "e5m6": Format(5, 6, 65024.0, jnp.float16),
+}
+E4M3 = FORMATS["e4m3"]
 MIN_AMAX = 1e-4
-TINY_AMAX = E4M3_MAX * 2.0**-126  # the least whose scale is a normal float32
+TINY_AMAX = E4M3.tiny_amax
 TILE: Block = (1, 128)
 BLOCK: Block = (128, 128)
 
@@ -31,7 +67,7 @@ def blocks(x: Array, block: Block) -> Array:
     return x.reshape(*outer, x.shape[-2] // m, m, x.shape[-1] // n, n)
 
 
-def _spread(scale: Array, block: Block, shape: tuple[int, ...]) -> Array:
+def spread(scale: Array, block: Block, shape: tuple[int, ...]) -> Array:
     """Every element's scale, [..., M, N]."""
     scale = jnp.repeat(jnp.repeat(scale, block[0], -2), block[1], -1)
     return scale[..., : shape[-2], : shape[-1]]
@@ -56,43 +92,84 @@ def power_of_two_above(x: Array) -> Array:
 
 
 def scales(
-    x: Array, block: Block, power_of_two: bool = False, least: float = MIN_AMAX
+    x: Array,
+    block: Block,
+    power_of_two: bool = False,
+    least: float = MIN_AMAX,
+    form: Format = E4M3,
 ) -> Array:
     """The scale of each block of x [..., M, N]: f32 [..., ceil(M/m), ceil(N/n)].
 
     Not finite where a number of the block is not.
 
     Args:
-      least: what a block's largest magnitude counts as at least, TINY_AMAX or more. A
-        block of zeros counts as MIN_AMAX in any case.
+      least: what a block's largest magnitude counts as at least, `form.tiny_amax` or
+        more. A block of zeros counts as MIN_AMAX in any case.
     """
     amax = _amax(blocks(x, block)).astype(jnp.float32)
     # No constant: XLA would multiply by its rounded reciprocal, often 1 ulp off.
-    largest = E4M3_MAX + 0 * amax
+    largest = form.largest + 0 * amax
     amax = jnp.where(amax == 0, MIN_AMAX, jnp.maximum(amax, least))
     scale = amax / largest
-    return power_of_two_above(scale) if power_of_two else scale
+    scale = power_of_two_above(scale) if power_of_two else scale
+    # Apart, or XLA:CPU finds the maximum anew for every number that has the scale.
+    return lax.optimization_barrier(scale)
 
 
-def encode(x: Array, scale: Array, block: Block) -> Array:
-    """Codes of x [..., M, N] under given scales: E4M3, nearest, ties to even.
+def clip(x: Array, form: Format) -> Array:
+    """x, but not beyond the format's largest number."""
+    return jnp.clip(x, -form.largest, form.largest)
 
-    Clipped first: a plain cast gives NaN above 464.
+
+def rounded(x: Array, form: Format, noise: Array | None = None) -> Array:
+    """float32 as the format has it, still float32: nearest, ties to even; saturates.
+
+    Args:
+      noise: uniform in [0, 1), of x's shape. With it x becomes the next number below or
+        above, the nearer of them the more often: x on average.
     """
-    unit = x.astype(jnp.float32) / _spread(scale, block, x.shape)
-    return jnp.clip(unit, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
+    x = clip(x, form)
+    exponent = lax.bitcast_convert_type(x, jnp.int32) & 0x7F800000
+    power = lax.bitcast_convert_type(exponent, jnp.float32)
+    step = jnp.maximum(power, form.normal) * 2.0**-form.mantissa
+    steps = x / step  # exactly: a step is a power of two
+    if noise is None:
+        return jnp.round(steps) * step
+    below = jnp.floor(steps)
+    return jnp.where(noise < steps - below, below + 1, below) * step
 
 
-def quantize(x: Array, block: Block, power_of_two: bool = False) -> tuple[Array, Array]:
-    """(codes E4M3 [..., M, N], scales f32 [..., ceil(M/m), ceil(N/n)]) of x."""
-    # Apart, or XLA:CPU finds the maximum anew for every number.
-    scale = lax.optimization_barrier(scales(x, block, power_of_two))
-    return encode(x, scale, block), scale
+def units(x: Array, scale: Array, block: Block) -> Array:
+    """x [..., M, N] over its scales, in f32: what is rounded."""
+    return x.astype(jnp.float32) / spread(scale, block, x.shape)
+
+
+def encode(
+    x: Array,
+    scale: Array,
+    block: Block,
+    form: Format = E4M3,
+    noise: Array | None = None,
+) -> Array:
+    """Codes of x [..., M, N] under given scales, rounded as `rounded` does it."""
+    unit = units(x, scale, block)
+    if noise is not None or form.bits < 8 * jnp.dtype(form.dtype).itemsize:
+        return rounded(unit, form, noise).astype(form.dtype)
+    # As `rounded`, and faster. A cast alone gives NaN above 464, infinity from 61440.
+    return clip(unit, form).astype(form.dtype)
+
+
+def quantize(
+    x: Array, block: Block, power_of_two: bool = False, form: Format = E4M3
+) -> tuple[Array, Array]:
+    """(codes [..., M, N], scales f32 [..., ceil(M/m), ceil(N/n)]) of x."""
+    scale = scales(x, block, power_of_two, form=form)
+    return encode(x, scale, block, form), scale
 
 
 def dequantize(
     codes: Array, scale: Array, block: Block, dtype: jnp.dtype = jnp.float32
 ) -> Array:
     """Codes [..., M, N] times their scales, multiplied in f32, then in `dtype`."""
-    scale = _spread(scale.astype(jnp.float32), block, codes.shape)
+    scale = spread(scale.astype(jnp.float32), block, codes.shape)
     return (codes.astype(jnp.float32) * scale).astype(dtype)
