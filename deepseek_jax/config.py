@@ -8,10 +8,13 @@ Architecture is chosen by these fields, never by a model's name.
 
 import dataclasses
 import difflib
-import json
-import types
 import typing
 from dataclasses import dataclass, field
+
+from deepseek_jax.nested import check as _check
+from deepseek_jax.nested import flatten as flatten
+from deepseek_jax.nested import from_dict as from_dict
+from deepseek_jax.nested import to_dict as to_dict
 
 Changes = tuple[tuple[int, float], ...]  # (step, value) pairs: from that step on
 Placements = tuple[tuple[str, str], ...]  # (pattern of names, axes of the dimensions)
@@ -40,12 +43,9 @@ EXPERT_PATHS = ("dense", "blocks")
 REMATS = ("none", "products", "full")
 RULES = ("fsdp", "zero1", "ep", "replicated")
 TRANSPORTS = ("all_to_all", "two_hop", "ragged", "ring")
+SCHEDULES = ("none", "gpipe", "1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev")
+KEEPS = ("inputs", "products")
 PAYLOADS = ("exact", "bf16", "fp8", "fp8_ue8m0")
-
-
-def _check(ok: bool, name: str, value: object, right: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} = {value!r}: {right}")
 
 
 def _positive(prefix: str, config: object, *names: str) -> None:
@@ -392,13 +392,15 @@ class RuntimeConfig:
 class MeshConfig:
     """Devices along each mesh axis, where arrays lie on them, how tokens reach experts.
 
-    A batch's rows are split over all axes, so that each device has its own. Experts are
-    split over `node` x `expert`, where `expert` counts the devices of a node, and each
-    share of them is copied over `data` x `fsdp`; the rules say where the rest lies.
+    A batch's rows are split over all axes, so that each device has its own; but a
+    pipeline's ranks share them. Experts are split over `node` x `expert`, where
+    `expert` counts the devices of a node, and each share of them is copied over the
+    other axes; the rules say where the rest lies.
     `own_rules` come before those of the preset: ("embed$", "-,fsdp") splits the second
     dimension of what is called embed over fsdp.
     """
 
+    pipe: int = 1  # ranks of a pipeline; needs pipeline.schedule
     data: int = 1
     fsdp: int = 1
     node: int = 1
@@ -410,7 +412,7 @@ class MeshConfig:
     capacity: float = 1.5  # room in a buffer, times what an even load needs
 
     def __post_init__(self) -> None:
-        _positive("mesh", self, "data", "fsdp", "node", "expert", "capacity")
+        _positive("mesh", self, "pipe", "data", "fsdp", "node", "expert", "capacity")
         _one_of("mesh.rules", self.rules, RULES)
         _one_of("mesh.transport", self.transport, TRANSPORTS)
         _one_of("mesh.payload", self.payload, PAYLOADS)
@@ -424,7 +426,35 @@ class MeshConfig:
     @property
     def size(self) -> int:
         """Devices of the mesh."""
-        return self.data * self.fsdp * self.node * self.expert
+        return self.pipe * self.data * self.fsdp * self.node * self.expert
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """How micro-batches go through the ranks of `mesh.pipe`; see `parallel.pipeline`.
+
+    What a stage keeps of a micro-batch until its backward pass is its input, and all
+    else is computed again, or what `runtime.remat` keeps of each block.
+    """
+
+    schedule: str = "none"
+    microbatches: int = 1  # of a step, in place of train.accumulation
+    chunks: int = 0  # stages of a rank, of the interleaved schedule; 0: 2
+    keep: str = "inputs"
+
+    def __post_init__(self) -> None:
+        _one_of("pipeline.schedule", self.schedule, SCHEDULES)
+        _one_of("pipeline.keep", self.keep, KEEPS)
+        _positive("pipeline", self, "microbatches")
+        _check(self.chunks >= 0, "pipeline.chunks", self.chunks, "must be >= 0")
+        for name, plain in (("microbatches", 1), ("chunks", 0)):
+            value = getattr(self, name)
+            _check(
+                self.schedule != "none" or value == plain,
+                f"pipeline.{name}",
+                value,
+                "needs a pipeline.schedule",
+            )
 
 
 @dataclass(frozen=True)
@@ -438,15 +468,46 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        rows, parts = self.data.batch, self.train.accumulation * self.mesh.size
+        mesh, schedule = self.mesh, self.pipeline.schedule
+        piped = schedule != "none"
+        _check(
+            piped or mesh.pipe == 1,
+            "mesh.pipe",
+            mesh.pipe,
+            f"needs a pipeline.schedule: {', '.join(SCHEDULES[1:])}",
+        )
+        _check(
+            not piped or self.train.accumulation == 1,
+            "train.accumulation",
+            self.train.accumulation,
+            "must be 1 in a pipeline, whose micro-batches are pipeline.microbatches",
+        )
+        _check(
+            self.balance.strategy != "aux_global" or schedule in ("none", "gpipe"),
+            "balance.strategy",
+            self.balance.strategy,
+            "counts the whole batch before any backward pass, which pipeline.schedule "
+            f"= {schedule!r} does not wait for; take 'aux_seq' (per sequence), "
+            "'aux_batch' (per micro-batch), or the schedule 'gpipe'",
+        )
+        rows, parts = self.data.batch, self.micro_batches * mesh.size // mesh.pipe
+        name = "pipeline.microbatches" if piped else "train.accumulation"
         _check(
             rows % parts == 0,
             "data.batch",
             rows,
-            f"must be a multiple of train.accumulation x the mesh's devices = {parts}",
+            f"must be a multiple of {name} x the mesh's devices that share the rows of "
+            f"one = {parts}",
+        )
+        _check(
+            rows % mesh.size == 0,
+            "data.batch",
+            rows,
+            f"must be a multiple of the mesh's {mesh.size} devices",
         )
         shares = self.mesh.node * self.mesh.expert
         _check(
@@ -456,67 +517,17 @@ class Config:
             f"must be a multiple of mesh.node x mesh.expert = {shares}",
         )
 
+    @property
+    def micro_batches(self) -> int:
+        """Of an optimizer step, under a schedule or accumulated."""
+        piped = self.pipeline.schedule != "none"
+        return self.pipeline.microbatches if piped else self.train.accumulation
+
 
 def signature(config: Config) -> dict[str, typing.Any]:
     """The fields that change the mathematics: they must match for a run to go on."""
     names = ("model", "data", "optim", "balance", "seed")
     fields = {name: to_dict(config)[name] for name in names}
     if config.balance.strategy == "aux_batch":  # micro-batches are part of its loss
-        fields["train"] = {"accumulation": config.train.accumulation}
+        fields["train"] = {"accumulation": config.micro_batches}
     return fields
-
-
-def to_dict(config: typing.Any) -> dict[str, typing.Any]:
-    """The nested plain dict of a config, fit for JSON; `from_dict` inverts it."""
-    return dataclasses.asdict(config)
-
-
-def flatten(values: typing.Any, at: str = "") -> dict[str, typing.Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}, with tuples as lists, as JSON has them."""
-    flat: dict[str, typing.Any] = {}
-    for key, value in values.items():
-        if isinstance(value, typing.Mapping):
-            flat |= flatten(value, f"{at}{key}.")
-        else:
-            flat[f"{at}{key}"] = json.loads(json.dumps(value))
-    return flat
-
-
-def from_dict[T](
-    cls: type[T], values: typing.Mapping[str, typing.Any], at: str = ""
-) -> T:
-    """Builds a config dataclass from a nested mapping; keys left out keep their
-    default.
-
-    Raises:
-      ValueError: an unknown key (the nearest known one is named), a value of another
-        type, or whatever the dataclass itself refuses.
-    """
-    hints = typing.get_type_hints(cls)
-    parsed = {}
-    for key, value in values.items():
-        name = f"{at}.{key}" if at else key
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown config key {name!r}{hint}")
-        parsed[key] = _parse(hints[key], value, name)
-    return cls(**parsed)
-
-
-def _parse(hint: typing.Any, value: typing.Any, name: str) -> typing.Any:
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        _check(hasattr(value, "items"), name, value, "must be a group of settings")
-        return from_dict(hint, value, name)
-    if isinstance(hint, types.GenericAlias):
-        (left, right), pairs = typing.get_args(typing.get_args(hint)[0]), "step, value"
-        if left is str:
-            pairs = "pattern, axes"
-        try:
-            return tuple((left(first), right(second)) for first, second in value)
-        except (TypeError, ValueError):
-            _check(False, name, value, f"must be ({pairs}) pairs")
-    if hint is float and type(value) is int:
-        return float(value)
-    _check(type(value) is hint, name, value, f"must be {hint.__name__}")
-    return value

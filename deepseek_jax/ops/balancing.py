@@ -48,6 +48,12 @@ def _observe_load(routing: Routing, valid_T: Array) -> Array:
 
 
 STILL = piecewise(0.0)
+Total = Callable[[Any], Any]
+
+
+def itself(x: Any) -> Any:
+    """A `Total` of what is all there is."""
+    return x
 
 
 @dataclass(frozen=True)
@@ -212,17 +218,18 @@ def sequence_loss(alpha: float, biased: bool = False) -> Balancer:
     return Balancer(penalty=penalty)
 
 
-def batch_loss(alpha: float, biased: bool = False) -> Balancer:
+def batch_loss(alpha: float, biased: bool = False, total: Total = itself) -> Balancer:
     """alpha * sum_i f_i P_i of each micro-batch, weighted by its share of valid tokens.
 
-    The balance asked for is that of a micro-batch over all devices (section 4.5.3).
+    The balance asked for is that of a micro-batch over all devices (section 4.5.3);
+    `total` sums integers over those that a program sees one of.
     """
 
     def penalty(routing: Routing, context: Context) -> Array:
         top_k = routing.experts_TK.shape[-1]
         count_BE, p_BE = tally(routing, context.valid_BL, biased)
-        tokens = context.valid_BL.sum()
-        whole = imbalance(count_BE.sum(0), p_BE.sum(0), tokens, top_k)
+        count_E, tokens = total((count_BE.sum(0), context.valid_BL.sum()))
+        whole = imbalance(count_E, p_BE.sum(0), tokens, top_k)
         return alpha * whole * tokens / jnp.maximum(context.tokens, 1)
 
     return Balancer(penalty=penalty)
@@ -294,24 +301,31 @@ def _speed(config: BalanceConfig) -> Schedule:
     return piecewise(config.speed, config.speed_changes)
 
 
-Builder = Callable[[BalanceConfig, MoEConfig], Balancer]
+Builder = Callable[[BalanceConfig, MoEConfig, Total], Balancer]
 STRATEGIES: dict[str, Builder] = {
-    "none": lambda c, moe: none(),
-    "loss_free": lambda c, moe: loss_free(_speed(c)),
-    "loss_free_proportional": lambda c, moe: loss_free_proportional(_speed(c)),
-    "multiplicative": lambda c, moe: multiplicative(_speed(c)),
-    "loss_free_frozen": lambda c, moe: loss_free_frozen(_speed(c), c.freeze_step),
-    "aux_batch": lambda c, moe: batch_loss(c.alpha, c.biased_topk),
-    "aux_seq": lambda c, moe: sequence_loss(c.alpha, c.biased_topk),
-    "aux_global": lambda c, moe: global_loss(c.alpha, c.biased_topk),
-    "quantile": lambda c, moe: quantile(moe.top_k, moe.num_experts),
-    "z_loss": lambda c, moe: z_loss(c.z_weight),
-    "v3": lambda c, moe: chain(
+    "none": lambda c, moe, total: none(),
+    "loss_free": lambda c, moe, total: loss_free(_speed(c)),
+    "loss_free_proportional": lambda c, moe, total: loss_free_proportional(_speed(c)),
+    "multiplicative": lambda c, moe, total: multiplicative(_speed(c)),
+    "loss_free_frozen": lambda c, moe, total: loss_free_frozen(
+        _speed(c), c.freeze_step
+    ),
+    "aux_batch": lambda c, moe, total: batch_loss(c.alpha, c.biased_topk, total),
+    "aux_seq": lambda c, moe, total: sequence_loss(c.alpha, c.biased_topk),
+    "aux_global": lambda c, moe, total: global_loss(c.alpha, c.biased_topk),
+    "quantile": lambda c, moe, total: quantile(moe.top_k, moe.num_experts),
+    "z_loss": lambda c, moe, total: z_loss(c.z_weight),
+    "v3": lambda c, moe, total: chain(
         loss_free(_speed(c)), sequence_loss(c.alpha, c.biased_topk)
     ),
 }
 
 
-def build(config: BalanceConfig, moe: MoEConfig) -> Balancer:
-    """The strategy that `config` names, for routers of `moe`'s shape."""
-    return STRATEGIES[config.strategy](config, moe)
+def build(config: BalanceConfig, moe: MoEConfig, total: Total = itself) -> Balancer:
+    """The strategy that `config` names, for routers of `moe`'s shape.
+
+    Args:
+      total: sums integers over the devices that share a micro-batch, where a program
+        sees the rows of one device (`parallel.pipeline`).
+    """
+    return STRATEGIES[config.strategy](config, moe, total)

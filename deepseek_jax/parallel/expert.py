@@ -28,9 +28,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from deepseek_jax.config import Config
+from deepseek_jax.config import Config, MeshConfig, MoEConfig
 from deepseek_jax.parallel import partition, traffic, wire
-from deepseek_jax.parallel.mesh import AXES, EXPERTS
+from deepseek_jax.parallel.mesh import AXES, EXPERTS, ROWS, by_rows
 from deepseek_jax.parallel.rows import attention_on_devices, on_devices
 from deepseek_jax.parallel.wire import Hop, Wire
 from deepseek_jax.runtime import Experts, GroupedDot, Runtime
@@ -66,6 +66,8 @@ class Group:
     capacity: float
     payload: str
     native: bool
+    spare: "Transport"  # what does where the room does not do
+    same: tuple[str, ...]  # the axes whose devices decide so together
 
     def size(self, axes: tuple[str, ...]) -> int:
         """Ranks along some of the two axes."""
@@ -117,6 +119,26 @@ def ring(
     return y_tD + forward(away[1]), beside
 
 
+def gather(
+    group: Group,
+    slots: Slots,
+    weights: Weights,
+    dot: GroupedDot,
+    beside: Array | None = None,
+) -> tuple[Array, Array | None]:
+    """The ring at once: every device has all tokens, and results are added up.
+
+    XLA exchanges these between the devices of a group, and what a ring sends between
+    all of them at once, so that in a pipeline a rank could not do it alone.
+    """
+    collect = functools.partial(lax.all_gather, axis_name=EXPERTS, tiled=True)
+    mine = own(
+        jax.tree.map(collect, slots), lax.axis_index(EXPERTS), len(weights.gate_eDF)
+    )
+    y_tD, _ = group.local(*mine, *weights, grouped_dot=dot)
+    return lax.psum_scatter(y_tD, EXPERTS, tiled=True), beside
+
+
 class Leg(NamedTuple):
     """One exchange of a transport: over which axes, how many ranks and experts."""
 
@@ -160,9 +182,9 @@ def exchange(
         return y_rD, beside
     # The rows above are on their way whatever it says, so that they need not wait. All
     # devices do the same: XLA may make one exchange of those of several groups.
-    again = jax.checkpoint(functools.partial(ring, group, dot=dot))
+    again = jax.checkpoint(functools.partial(group.spare, group, dot=dot))
     y_tD = lax.cond(
-        lax.pmin(fits.astype(jnp.int32), AXES) > 0,
+        lax.pmin(fits.astype(jnp.int32), group.same) > 0,
         lambda y_tD, *_: y_tD,
         lambda _, slots, weights: again(slots, weights)[0],
         y_rD,
@@ -262,35 +284,92 @@ def experts_on_mesh(
     )(Slots(x_TD, weights_TK, experts_TK), (gate_EDF, up_EDF, down_EFD), beside)
 
 
+def group_of(rt: Runtime, moe: MoEConfig, config: MeshConfig, mesh: Mesh) -> Group:
+    """The devices of `mesh` that share experts, each computing as `rt` does."""
+    aligned = moe.num_groups % config.node == 0
+    return Group(
+        rt.experts,
+        config.node,
+        config.expert,
+        moe.keep_groups if aligned else config.node,
+        config.capacity,
+        config.payload,
+        mesh.devices.flat[0].platform in GPUS,
+        ring,
+        AXES,
+    )
+
+
+def experts_in_pipeline(
+    x_tD: Array,
+    weights_tK: Array,
+    experts_tK: Array,
+    gate_eDF: Array,
+    up_eDF: Array,
+    down_eFD: Array,
+    *,
+    grouped_dot: GroupedDot,
+    most: int | None = None,
+    beside: Array | None = None,
+    transport: Transport,
+    group: Group,
+) -> tuple[Array, Array | None]:
+    """`Runtime.experts` of a device's own rows and experts, all axes being manual."""
+    slots = Slots(x_tD, weights_tK, experts_tK)
+    weights = Weights(gate_eDF, up_eDF, down_eFD)
+    return transport(group, slots, weights, grouped_dot, beside)
+
+
+def in_pipeline(rt: Runtime, config: Config, mesh: Mesh) -> Runtime:
+    """The runtime of one device, for a rank of a pipeline whose devices share experts.
+
+    Where the ring would send, everything is gathered.
+    """
+    group = group_of(rt, config.model.moe, config.mesh, mesh)
+    if group.size(EXPERTS) == 1:
+        return rt
+    group = replace(group, spare=gather, same=ROWS)
+    name = config.mesh.transport
+    experts = functools.partial(
+        experts_in_pipeline,
+        transport=gather if name == "ring" else TRANSPORTS[name],
+        group=group,
+    )
+    return replace(rt, experts=experts)
+
+
 def on_mesh(rt: Runtime, config: Config, mesh: Mesh) -> Runtime:
     """The runtime `rt` of one device, for a mesh of several."""
     if mesh.size == 1:
         return rt
-    moe, node = config.model.moe, config.mesh.node
-    aligned = moe.num_groups % node == 0
-    group = Group(
-        rt.experts,
-        node,
-        config.mesh.expert,
-        moe.keep_groups if aligned else node,
-        config.mesh.capacity,
-        config.mesh.payload,
-        mesh.devices.flat[0].platform in GPUS,
-    )
+    places = partition.expert_places(config, mesh)
+    return spread(rt, config.model.moe, config.mesh, mesh, places)
+
+
+def spread(
+    rt: Runtime,
+    moe: MoEConfig,
+    config: MeshConfig,
+    mesh: Mesh,
+    places: tuple[PartitionSpec, ...],
+) -> Runtime:
+    """The same for experts that lie at `places`: gate, up and down of a layer."""
+    group = group_of(rt, moe, config, mesh)
     shared = group.size(EXPERTS) > 1  # else the ring is the device's own computation
     experts = functools.partial(
         experts_on_mesh,
         mesh=mesh,
-        transport=TRANSPORTS[config.mesh.transport if shared else "ring"],
+        transport=TRANSPORTS[config.transport if shared else "ring"],
         group=group,
-        places=partition.expert_places(config, mesh),
+        places=places,
     )
+    by_device = functools.partial(attention_on_devices, mesh=mesh)
     return replace(
         rt,
-        attention=functools.partial(
-            attention_on_devices, attention=rt.attention, mesh=mesh
-        ),
+        attention=functools.partial(by_device, attention=rt.attention),
+        latent_attention=functools.partial(by_device, attention=rt.latent_attention),
         experts=experts,
         constrain=functools.partial(partition.pin, mesh=mesh),
         rows=functools.partial(on_devices, mesh=mesh),
+        placed=by_rows(mesh),
     )

@@ -1,9 +1,11 @@
-"""The device mesh: axes `data`, `fsdp`, `node` and `expert`, of which each may be 1.
+"""The device mesh: axes `pipe`, `data`, `fsdp`, `node`, `expert`; each may be 1.
 
-A batch's rows are split over all four. Experts are split over `node` and `expert`, the
-two halves of arXiv:2412.19437, section 3.2.2: between nodes links are slow, inside one
-they are fast. `expert` comes last, and devices are taken in JAX's order, process by
-process, so that an expert group fills a node before it goes over to the next.
+A batch's rows are split over all five, but inside a pipeline (`parallel.pipeline`),
+whose ranks all see them, over the last four. Experts are split over `node` and
+`expert`, the two halves of arXiv:2412.19437, section 3.2.2: between nodes links are
+slow, inside one they are fast. `expert` comes last, and devices are taken in JAX's
+order, process by process, so that an expert group fills a node before it goes over to
+the next.
 """
 
 from collections.abc import Sequence
@@ -14,7 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.config import MeshConfig
 
-AXES = ("data", "fsdp", "node", "expert")
+AXES = ("pipe", "data", "fsdp", "node", "expert")
+ROWS = AXES[1:]  # the devices that share a micro-batch in a pipeline
 EXPERTS = ("node", "expert")
 
 

@@ -48,6 +48,18 @@ def target_masks(parts: Parts, batch: Batch) -> list[Array]:
     ]
 
 
+def targets(parts: Parts, batch: Batch, totals: Totals) -> list[tuple[Array, Array]]:
+    """Per depth, the tokens [B, L] to predict and their weights in the mean."""
+    length = parts.config.data.length
+    return [
+        (
+            batch.tokens[:, k + 1 : k + 1 + length],
+            mask_BL / jnp.maximum(totals.targets[k], 1),
+        )
+        for k, mask_BL in enumerate(target_masks(parts, batch))
+    ]
+
+
 def input_masks(parts: Parts, batch: Batch) -> list[Array]:
     """Per depth, the positions [B, L] whose inputs are real and of one document."""
     length = parts.config.data.length
@@ -96,24 +108,22 @@ def objective(
     mtp_weight: Array,
 ) -> tuple[Array, tuple[Losses, Any]]:
     """A micro-batch's share of the global batch's loss; the rest is auxiliary."""
-    length = parts.config.data.length
     out = forward(parts, params, balance, batch, totals)
     hidden = (out.hidden_BLD, *out.mtp_JBLD)
     nll, rt = [], parts.model.rt
     loss_of = rt.rows(
         functools.partial(cross_entropy, dot=rt.dot), whole=(1,), total=True
     )
-    for k, (h_BLD, mask_BL) in enumerate(
-        zip(hidden, target_masks(parts, batch), strict=True)
+    for k, (h_BLD, (target_BL, weight_BL)) in enumerate(
+        zip(hidden, targets(parts, batch, totals), strict=True)
     ):
         with jax.named_scope(f"head_{k}"):
-            weights_T = mask_BL.reshape(-1) / jnp.maximum(totals.targets[k], 1)
             nll.append(
                 loss_of(
                     h_BLD.reshape(-1, h_BLD.shape[-1]),
                     params["head"],
-                    batch.tokens[:, k + 1 : k + 1 + length].reshape(-1),
-                    weights_T.astype(h_BLD.dtype),
+                    target_BL.reshape(-1),
+                    weight_BL.reshape(-1).astype(h_BLD.dtype),
                 )
             )
     ce, mtp_ce = nll[0], jnp.stack(nll)[1:]

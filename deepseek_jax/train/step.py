@@ -18,6 +18,7 @@ from deepseek_jax.model.moe import Aux
 from deepseek_jax.model.transformer import Totals
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.schedule import piecewise
+from deepseek_jax.train import pipelined
 from deepseek_jax.train.objective import Losses, forward, objective, totals
 from deepseek_jax.train.state import Parts, TrainState, init_state, shardings
 from deepseek_jax.typing import Array, Params
@@ -65,7 +66,7 @@ def accumulate(
         )
         return grads, losses, _summed(aux)
 
-    if parts.config.train.accumulation == 1:
+    if parts.config.micro_batches == 1:
         return one(jax.tree.map(lambda x: x[0], batches))
     first = jax.tree.map(lambda x: x[0], batches)
     zeros = jax.tree.map(
@@ -83,15 +84,25 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step; it donates the state. Metrics stay on the device."""
     config = parts.config
+    gradients = accumulate
+    if config.pipeline.schedule != "none":
+        made = pipelined.assemble(config, parts.mesh)
+        gradients = functools.partial(pipelined.accumulate, pipeline=made)
     mtp_weight = piecewise(config.optim.mtp_weight, config.optim.mtp_weight_changes)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         counts = totals(parts, batch)
-        batches = micro_batches(batch, config.train.accumulation)
-        if parts.balancer.needs_counts and config.train.accumulation > 1:
-            counts = counts._replace(load=first_pass(parts, state, batches, counts))
-        grads, losses, (load_RE, stats) = accumulate(
-            parts, state, batches, counts, mtp_weight(state.step)
+        batches = micro_batches(batch, config.micro_batches)
+        if parts.balancer.needs_counts and config.micro_batches > 1:
+            # The whole batch at once, if its micro-batches have rows for few devices.
+            all_rows = batches if gradients is accumulate else micro_batches(batch, 1)
+            counts = counts._replace(load=first_pass(parts, state, all_rows, counts))
+        grads, losses, (load_RE, stats) = gradients(
+            parts,
+            state=state,
+            batches=batches,
+            counts=counts,
+            mtp_weight=mtp_weight(state.step),
         )
         updates, opt_state = parts.optimizer.update(
             grads, state.opt_state, state.params
