@@ -22,7 +22,8 @@ from deepseek_jax.parallel import expert
 from deepseek_jax.parallel.mesh import EXPERTS, ROWS
 from deepseek_jax.parallel.partition import named
 from deepseek_jax.parallel.pipeline import cut, executor, program, schedules
-from deepseek_jax.parallel.pipeline.executor import PIPE, Given
+from deepseek_jax.parallel.pipeline.copies import PIPE, is_expert
+from deepseek_jax.parallel.pipeline.executor import Given
 from deepseek_jax.parallel.pipeline.stages import (
     Counted,
     Feed,
@@ -89,7 +90,7 @@ def by_name(tree: Any, rest: PartitionSpec) -> Any:
     """Specs of parameters: experts are split over their devices, too."""
 
     def one(name: str, leaf: Array) -> PartitionSpec:
-        if not executor.is_expert(name):
+        if not is_expert(name):
             return rest
         lead = [None] * (leaf.ndim - 3 - len(rest))
         return PartitionSpec(*rest, *lead, EXPERTS, None, None)

@@ -89,6 +89,9 @@ class Cut:
 def bounds(model: ModelConfig, stages: int) -> list[tuple[int, int]]:
     """First layer of every stage and the one after its last.
 
+    No stage has more layers and MTP modules together than it must; as far as that
+    leaves a choice, MoE layers are spread evenly.
+
     Raises:
       ValueError: there are more stages than layers and MTP modules, or no MoE layers.
     """
@@ -104,8 +107,16 @@ def bounds(model: ModelConfig, stages: int) -> list[tuple[int, int]]:
             f"{model.num_layers} layers (model.num_layers) and {model.mtp.depth} MTP "
             "modules"
         )
-    cuts = [min(stage * units // stages, model.num_layers) for stage in range(stages)]
-    return list(zip(cuts, [*cuts[1:], model.num_layers]))
+    most = max(-(-units // stages), model.mtp.depth)
+    dense = [min(most, max(0, model.num_dense - most * s)) for s in range(stages)]
+    room = [most - each for each in dense]
+    room[-1] -= model.mtp.depth
+    moe = [0] * stages
+    for _ in range(model.num_moe):
+        open_to = [s for s in range(stages) if moe[s] < room[s]]
+        moe[min(open_to, key=lambda s: (moe[s], dense[s], s == stages - 1))] += 1
+    ends = np.cumsum(np.add(dense, moe)).tolist()
+    return list(zip([0, *ends], ends))
 
 
 def cut(model: ModelConfig, schedule: Schedule) -> Cut:

@@ -7,14 +7,9 @@ busy ranks differ, and only there. So in a DualPipe's long middle a forward and 
 backward of the other direction stand side by side with nothing between them, as in
 figure 4 of arXiv:2412.19437, and the exchange of the one may run under the products of
 the other.
-
-A backward pass is `jax.vjp` of a stage, of which B uses all, I the gradient of the
-input, and W those of the weights; what a kind does not use is never computed. I keeps
-what it read until W reads it again: with `keep` = "inputs" the stage's input and its
-output's gradient, from which either computes the rest.
 """
 
-import re
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,8 +20,13 @@ import numpy as np
 from jax import lax
 
 from deepseek_jax.model.transformer import Totals
-from deepseek_jax.parallel.mesh import EXPERTS, ROWS
-from deepseek_jax.parallel.partition import named
+from deepseek_jax.parallel.mesh import ROWS
+from deepseek_jax.parallel.pipeline.copies import (
+    PIPE,
+    summed,
+    with_copies,
+    without_copies,
+)
 from deepseek_jax.parallel.pipeline.program import (
     BACKWARDS,
     NOTHING,
@@ -34,7 +34,6 @@ from deepseek_jax.parallel.pipeline.program import (
     Row,
     Run,
 )
-from deepseek_jax.parallel.pipeline.schedules import Schedule
 from deepseek_jax.parallel.pipeline.stages import (
     Feed,
     Report,
@@ -42,10 +41,8 @@ from deepseek_jax.parallel.pipeline.stages import (
     Stage,
     Where,
 )
-from deepseek_jax.parallel.rules import EXPERT
+from deepseek_jax.parallel.pipeline.work import PARTS, Gradients, backward, forward
 from deepseek_jax.typing import Array
-
-PIPE = "pipe"
 
 
 class Given(NamedTuple):
@@ -69,9 +66,6 @@ class Carry(NamedTuple):
     own: Any  # gradients, as in `Given`
     shared: Any
     report: Report  # `own` of it [d, ...]
-
-
-Gradients = tuple[Any, Any, Any]  # of own (of one digit), of shared, of the input
 
 
 @dataclass(frozen=True)
@@ -101,25 +95,20 @@ class Rank:
         """Empty rings and sums."""
         own, shared, where, *_ = self.given
         x_BLD = self.example()
-        (_, report), kept = jax.eval_shape(lambda: self.forward(0, 0, x_BLD))
-        slots = self.program.slots
-
-        def ring(name: str, of: Any) -> Any:
-            size = slots[name] + 1
-            return jax.tree.map(lambda s: jnp.zeros((size, *s.shape), s.dtype), of)
+        do = functools.partial(self.forward, x_BLD=x_BLD)
+        (_, report), kept = jax.eval_shape(do, 0, 0)
+        slots, digits = self.program.slots, len(where.first)
 
         def zeros(of: Any, *lead: int) -> Any:
             return jax.tree.map(lambda s: jnp.zeros((*lead, *s.shape), s.dtype), of)
 
-        counts = report._replace(own=zeros(report.own, len(where.first)))
-        sums = zeros(report)._replace(own=counts.own)
         return Carry(
-            ring("x", x_BLD),
-            ring("g", x_BLD),
-            ring("kept", kept),
+            zeros(x_BLD, slots["x"] + 1),
+            zeros(x_BLD, slots["g"] + 1),
+            zeros(kept, slots["kept"] + 1),
             zeros(own),
             zeros(shared),
-            sums,
+            zeros(report)._replace(own=zeros(report.own, digits)),
         )
 
     def example(self) -> Array:
@@ -135,13 +124,19 @@ class Rank:
         read = _at(carry.x if self.program.keeps_inputs else carry.kept, row.b_kept)
         sent: dict[str, Any] = {}
         if run.forward:
-            (sent["x"], report), kept = self.do_forward(row, x_BLD, run.uniform)
+            like = (
+                (x_BLD, carry.report._replace(own=_at(carry.report.own, 0))),
+                _at(carry.kept, 0),
+            )
+            do = functools.partial(self.forward, row.f_digit, row.f_microbatch)
+            found = _only(row.forward > 0, run.uniform, do, like, x_BLD)
+            (sent["x"], report), kept = found
             carry = carry._replace(
                 report=_add_report(carry.report, report, row.f_digit),
                 kept=_put(carry.kept, kept, row.f_kept),
             )
         if run.backward != (NOTHING,):
-            own, shared, sent["g"] = self.do_backward(row, read, g_BLD, run)
+            own, shared, sent["g"] = self.backwards(row, read, g_BLD, run)
             if own is not None:
                 carry = carry._replace(
                     own=_add_at(carry.own, own, row.b_digit),
@@ -151,120 +146,68 @@ class Rank:
             ring, way = name.split("_")
             value = sent[ring]
             if way != "here":
-                value = lax.ppermute(value, PIPE, pairs)
+                with jax.named_scope(f"send_{ring}"):
+                    value = lax.ppermute(value, PIPE, pairs)
             slot = getattr(row, name)
             carry = carry._replace(**{ring: _put(getattr(carry, ring), value, slot)})
         return carry
 
-    def call(self, digit: Any, microbatch: Any) -> Callable[..., Any]:
-        """The stage of a digit on a micro-batch: (own, shared, x) to its results."""
+    def rest(self, digit: Any, microbatch: Any) -> tuple[Any, ...]:
+        """What a stage reads besides weights and activations."""
         given = self.given
         feed, where = _at(given.feeds, microbatch), _at(given.where, digit)
-
-        def stage(own: Any, shared: Any, x_BLD: Array) -> Any:
-            rest = feed, where, given.mtp, given.totals, given.mtp_weight
-            return self.stage(own, shared, x_BLD, *rest)
-
-        return stage
+        return feed, where, given.mtp, given.totals, given.mtp_weight
 
     def forward(self, digit: Any, microbatch: Any, x_BLD: Array) -> Any:
-        """((output, report), what the backward pass needs besides weights)."""
-        own, shared = _at(self.given.own, digit), self.given.shared
-        stage = self.call(digit, microbatch)
-        if self.program.keeps_inputs:
-            (y_BLD, _), report = stage(own, shared, x_BLD)
-            return (y_BLD, report), ()
-        (y_BLD, _), pull, report = jax.vjp(stage, own, shared, x_BLD, has_aux=True)
-        return (y_BLD, report), _residuals(pull, own, shared)[0]
-
-    def do_forward(self, row: Row, x_BLD: Array, uniform: bool) -> Any:
-        """`forward`, where the row says so; zeros elsewhere."""
-
-        def do(x_BLD: Array) -> Any:
-            with jax.named_scope("forward"):
-                return self.forward(row.f_digit, row.f_microbatch, x_BLD)
-
-        return _only(row.forward > 0, do, x_BLD, uniform)
+        """`forward` of a digit's stage on a micro-batch."""
+        how = self.stage, self.program.keeps_inputs
+        weights = _at(self.given.own, digit), self.given.shared
+        return forward(*how, *weights, x_BLD, self.rest(digit, microbatch))
 
     def backward(self, kind: str, row: Row, read: Any, g_BLD: Array) -> Gradients:
-        """Of what `kind` computes; None for the rest."""
-        own, shared = _at(self.given.own, row.b_digit), self.given.shared
-        where = _at(self.given.where, row.b_digit)
-        stage = self.call(row.b_digit, row.b_microbatch)
-        x_BLD = read if self.program.keeps_inputs else self.example()
-        (_, share), pull, _ = jax.vjp(stage, own, shared, x_BLD, has_aux=True)
-        if (
-            not self.program.keeps_inputs
-        ):  # the forward pass above is for its structure alone
-            pull = _residuals(pull, own, shared)[1](read)
-        g_BLD = jnp.where(where.last > 0, 0, g_BLD)
-        own, shared, x_BLD = pull((g_BLD, jnp.ones_like(share)))
-        if kind == "I":
-            return None, None, x_BLD
-        return own, shared, None if kind == "W" else x_BLD
+        """`backward` of a row's stage and micro-batch."""
+        how = self.stage, self.program.keeps_inputs, kind
+        weights = _at(self.given.own, row.b_digit), self.given.shared
+        rest = self.rest(row.b_digit, row.b_microbatch)
+        return backward(*how, *weights, read, g_BLD, rest)
 
-    def do_backward(self, row: Row, read: Any, g_BLD: Array, run: Run) -> Gradients:
-        """`backward` of the row's kind; zeros where another kind has a result."""
-
-        def branch(kind: str) -> Callable[..., Gradients]:
-            def do(given: tuple[Any, Array]) -> Gradients:
-                with jax.named_scope(f"backward_{kind}"):
-                    return self.backward(kind, row, *given)
-
-            return do
-
-        kinds, given = [k for k in run.backward if k != NOTHING], (read, g_BLD)
-        if run.uniform:
-            return _only(row.backward > 0, branch(kinds[0]), given, True)
-        shapes = [jax.eval_shape(branch(kind), given) for kind in kinds]
-        # What any kind computes, all must.
-        whole = tuple(
-            next((part for part in parts if part is not None), None)
-            for parts in zip(*shapes, strict=True)
+    def backwards(self, row: Row, read: Any, g_BLD: Array, run: Run) -> Gradients:
+        """Of the row's kind; zeros for what another kind of the run computes."""
+        kinds = [kind for kind in run.backward if kind != NOTHING]
+        whole = _at(self.given.own, 0), self.given.shared, g_BLD
+        parts = {kind: PARTS[kind] for kind in kinds}
+        like = tuple(
+            each if any(n in part for part in parts.values()) else None
+            for n, each in enumerate(whole)
         )
 
-        def filled(kind: str) -> Callable[..., Gradients]:
-            def do(given: tuple[Any, Array]) -> Gradients:
-                found = branch(kind)(given) if kind else (None,) * 3
+        def of(kind: str) -> Callable[..., Gradients]:
+            def do(read: Any, g_BLD: Array) -> Gradients:
+                found = self.backward(kind, row, read, g_BLD)
                 return tuple(
-                    _zeros(like) if part is None else part
-                    for part, like in zip(found, whole, strict=True)
+                    jax.tree.map(jnp.zeros_like, each) if part is None else part
+                    for part, each in zip(found, like, strict=True)
                 )
 
             return do
 
-        every = [NOTHING, *kinds]
+        if len(kinds) == 1:
+            on = row.backward > 0
+            return _only(on, run.uniform, of(kinds[0]), like, read, g_BLD)
         number = np.zeros(len(BACKWARDS), np.int32)
-        for n, kind in enumerate(every):
+        for n, kind in enumerate(kinds, 1):
             number[BACKWARDS.index(kind)] = n
-        which = jnp.asarray(number)[row.backward]
-        return lax.switch(which, [filled(kind) for kind in every], given)
+        branches = [lambda *_: jax.tree.map(jnp.zeros_like, like), *map(of, kinds)]
+        return lax.switch(jnp.asarray(number)[row.backward], branches, read, g_BLD)
 
 
-def _residuals(pull: Any, own: Any, shared: Any) -> tuple[list[Array], Any]:
-    """The arrays in a vjp that are no weights, and what puts others in their place."""
-    weights = {id(leaf) for leaf in jax.tree.leaves((own, shared))}
-    leaves, structure = jax.tree.flatten(pull)
-    kept = [n for n, leaf in enumerate(leaves) if id(leaf) not in weights]
-
-    def with_these(read: list[Array]) -> Any:
-        for n, leaf in zip(kept, read, strict=True):
-            leaves[n] = leaf
-        return jax.tree.unflatten(structure, leaves)
-
-    return [leaves[n] for n in kept], with_these
-
-
-def _only(on: Array, do: Callable[[Any], Any], given: Any, uniform: bool) -> Any:
-    """`do(given)`, or zeros where not `on`; without a conditional if `uniform`."""
+def _only(
+    on: Array, uniform: bool, do: Callable[..., Any], like: Any, *given: Any
+) -> Any:
+    """`do(*given)`, or zeros `like` it where not `on`; done anyway if `uniform`."""
     if uniform:
-        return jax.tree.map(lambda x: jnp.where(on, x, jnp.zeros_like(x)), do(given))
-    shapes = jax.eval_shape(do, given)
-    return lax.cond(on, do, lambda _: _zeros(shapes), given)
-
-
-def _zeros(shapes: Any) -> Any:
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.tree.map(lambda x: jnp.where(on, x, jnp.zeros_like(x)), do(*given))
+    return lax.cond(on, do, lambda *_: jax.tree.map(jnp.zeros_like, like), *given)
 
 
 def _at(tree: Any, i: Any) -> Any:
@@ -289,45 +232,6 @@ def _add_report(sums: Report, new: Report, digit: Array) -> Report:
     own = _add_at(sums.own, new.own, digit)
     rest = jax.tree.map(jnp.add, sums._replace(own=None), new._replace(own=None))
     return rest._replace(own=own)
-
-
-def with_copies(schedule: Schedule, first: Any) -> Any:
-    """From what ranks hold for path 0 to that for all digits, [d, ...]."""
-    parts = [first]
-    for path in schedule.paths[1:]:
-        pairs = [(a.rank, b.rank) for a, b in zip(schedule.paths[0], path, strict=True)]
-        parts.append(jax.tree.map(lambda x, p=pairs: lax.ppermute(x, PIPE, p), first))
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
-
-
-def without_copies(schedule: Schedule, every: Any) -> Any:
-    """The inverse of `with_copies`: copies go back and are added up."""
-    size = schedule.digits // schedule.copies
-    total = jax.tree.map(lambda x: x[:size], every)
-    for n, path in enumerate(schedule.paths[1:], 1):
-        pairs = [(b.rank, a.rank) for a, b in zip(schedule.paths[0], path, strict=True)]
-
-        def add(x: Array, own: Array, n: int = n, pairs: Any = pairs) -> Array:
-            copy = own[n * size : (n + 1) * size]
-            return x + lax.ppermute(copy, PIPE, pairs)
-
-        total = jax.tree.map(add, total, every)
-    return total
-
-
-def is_expert(name: str) -> bool:
-    """Whether a parameter is split over the devices that share experts."""
-    return re.search(EXPERT, f"/{name}") is not None
-
-
-def summed(grads: Any, over: tuple[str, ...]) -> Any:
-    """Gradients over all devices that have seen other rows, by parameters' names."""
-    alone = tuple(axis for axis in over if axis not in EXPERTS)
-    leaves = [
-        lax.psum(leaf, alone if is_expert(name) else over)
-        for name, leaf in named(grads).items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(grads), leaves)
 
 
 def execute(

@@ -76,7 +76,7 @@ class Where(NamedTuple):
     routers: Routers  # [slots, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
     """A stage of any model; arrays come as arguments."""
 
