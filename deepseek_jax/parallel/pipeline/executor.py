@@ -27,6 +27,7 @@ from deepseek_jax.parallel.pipeline.copies import (
     with_copies,
     without_copies,
 )
+from deepseek_jax.parallel.pipeline.interleave import side_by_side
 from deepseek_jax.parallel.pipeline.program import (
     BACKWARDS,
     NOTHING,
@@ -123,25 +124,26 @@ class Rank:
         x_BLD, g_BLD = _at(carry.x, row.f_x), _at(carry.g, row.b_g)
         read = _at(carry.x if self.program.keeps_inputs else carry.kept, row.b_kept)
         sent: dict[str, Any] = {}
+        ahead = functools.partial(self.forwards, carry, row, run)
+        back = functools.partial(self.backwards, row=row, run=run)
+        if run.uniform and run.forward and run.backward == ("B",):
+            # Backward first: its exchange has a forward's attention beside it.
+            found = side_by_side(back, ahead, (read, g_BLD), (x_BLD,))
+            (own, shared, sent["g"]), ((sent["x"], report), kept) = found
+        elif run.forward:
+            (sent["x"], report), kept = ahead(x_BLD)
+        if run.backward != (NOTHING,) and "g" not in sent:
+            own, shared, sent["g"] = back(read, g_BLD)
         if run.forward:
-            like = (
-                (x_BLD, carry.report._replace(own=_at(carry.report.own, 0))),
-                _at(carry.kept, 0),
-            )
-            do = functools.partial(self.forward, row.f_digit, row.f_microbatch)
-            found = _only(row.forward > 0, run.uniform, do, like, x_BLD)
-            (sent["x"], report), kept = found
             carry = carry._replace(
                 report=_add_report(carry.report, report, row.f_digit),
                 kept=_put(carry.kept, kept, row.f_kept),
             )
-        if run.backward != (NOTHING,):
-            own, shared, sent["g"] = self.backwards(row, read, g_BLD, run)
-            if own is not None:
-                carry = carry._replace(
-                    own=_add_at(carry.own, own, row.b_digit),
-                    shared=jax.tree.map(jnp.add, carry.shared, shared),
-                )
+        if run.backward != (NOTHING,) and own is not None:
+            carry = carry._replace(
+                own=_add_at(carry.own, own, row.b_digit),
+                shared=jax.tree.map(jnp.add, carry.shared, shared),
+            )
         for name, pairs in self.program.sends_of(run).items():
             ring, way = name.split("_")
             value = sent[ring]
@@ -158,6 +160,13 @@ class Rank:
         feed, where = _at(given.feeds, microbatch), _at(given.where, digit)
         return feed, where, given.mtp, given.totals, given.mtp_weight
 
+    def forwards(self, carry: Carry, row: Row, run: Run, x_BLD: Array) -> Any:
+        """`forward` where the row says so; zeros elsewhere."""
+        counts = carry.report._replace(own=_at(carry.report.own, 0))
+        like = (x_BLD, counts), _at(carry.kept, 0)
+        do = functools.partial(self.forward, row.f_digit, row.f_microbatch)
+        return _only(row.forward > 0, run.uniform, do, like, x_BLD)
+
     def forward(self, digit: Any, microbatch: Any, x_BLD: Array) -> Any:
         """`forward` of a digit's stage on a micro-batch."""
         how = self.stage, self.program.keeps_inputs
@@ -171,7 +180,7 @@ class Rank:
         rest = self.rest(row.b_digit, row.b_microbatch)
         return backward(*how, *weights, read, g_BLD, rest)
 
-    def backwards(self, row: Row, read: Any, g_BLD: Array, run: Run) -> Gradients:
+    def backwards(self, read: Any, g_BLD: Array, *, row: Row, run: Run) -> Gradients:
         """Of the row's kind; zeros for what another kind of the run computes."""
         kinds = [kind for kind in run.backward if kind != NOTHING]
         whole = _at(self.given.own, 0), self.given.shared, g_BLD
