@@ -34,7 +34,7 @@ from deepseek_jax.data import heldout
 from deepseek_jax.data.cache import default_cache
 from deepseek_jax.data.sources import open_corpus
 from deepseek_jax.decode import cache as caches
-from deepseek_jax.decode import engine, forward, speculative
+from deepseek_jax.decode import engine, forward, request, speculative
 from deepseek_jax.decode.sampling import Sampling, sampling
 from deepseek_jax.eval import logits
 from deepseek_jax.model.transformer import Transformer
@@ -85,7 +85,7 @@ def prepare(given: dict[str, Any]) -> None:
         prompts = text_prompts(config, tokenizer, *shape)
     else:
         prompts = random_prompts(config.model.vocab_size, *shape)
-    engine.check(logits.build(config), prompts, 1)
+    request.check(logits.build(config), prompts, 1)
     (folder / "prompts.json").write_text(json.dumps(prompts))
     if given["peers"]:
         export_hf(source, folder / "hf", dtype="f32")

@@ -153,7 +153,8 @@ class Runtime:
     """The callables a model is computed with.
 
     The defaults are plain products and autodiff. `remat` is a `jax.checkpoint` policy,
-    or None to keep every residual.
+    or None to keep every residual. `placed` is where what has a row for each of a batch
+    lies; None: on one device.
     """
 
     dot: Dot = dot_plain
@@ -164,6 +165,12 @@ class Runtime:
     constrain: Constrain = unconstrained
     rows: Rows = together
     remat: Callable[..., Any] | None = None
+    placed: jax.sharding.Sharding | None = None
+
+    @property
+    def devices(self) -> int:
+        """Over how many a batch's rows are split."""
+        return self.placed.num_devices if self.placed else 1
 
 
 DOTS = {"f32": dot_f32, "bf16": dot_bf16}

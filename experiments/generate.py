@@ -9,6 +9,12 @@ ends a sample. --speculative lets the MTP modules draft, which changes the speed
 neither greedy output (but where two tokens are equally likely within rounding) nor the
 distribution of samples. Everything is computed in float32.
 
+--mesh spreads the model's experts over all devices, and the samples too, of which each
+device then makes as many (JAX_NUM_CPU_DEVICES=n in the environment simulates n devices
+on a CPU). With --replicas there are P places for experts: the busiest by the loads of
+the run's last evaluation get copies, and all are placed so that devices have about the
+same load (`experiments.evaluate placement`). The output stays the same.
+
 Figures come last, on stderr. tokens/s is of decoding alone: loading, compilation, the
 prompt and printing don't count. With --speculative also: the share of draft 1, 2, ..
 that was accepted, of how often it was judged (where those before it were accepted);
@@ -18,7 +24,9 @@ after compilation. --no-compare saves the seconds that this takes.
 
 --json prints, in place of all that, {prompt, samples: [{text, tokens, log_probs,
 stopped}], tokens_per_s, tokens_per_step, acceptance, speed: {step_s, plain_step_s,
-speed_up}, ...}; log_probs are the model's own, before temperature and other rules.
+speed_up}, mesh: {axes, devices, experts, places, step, load_before, load_after}, ...};
+log_probs are the model's own, before temperature and other rules; loads are the busiest
+device's over the mean, on average over layers, by the evaluation after that step.
 """
 
 import argparse
@@ -30,12 +38,12 @@ from typing import Any
 import deepseek_jax
 from deepseek_jax.checkpoint import folders, manager, metadata
 from deepseek_jax.config import Config
-from deepseek_jax.decode import engine, forward, speculative, speed
+from deepseek_jax.decode import engine, forward, request, speculative, speed
 from deepseek_jax.decode.cache import DTYPES
 from deepseek_jax.decode.sampling import Sampling, sampling
 from deepseek_jax.eval import logits
 from deepseek_jax.tokenizer import Tokenizer
-from experiments import common
+from experiments import common, spread
 
 RULES = {
     "temperature": (float, 0.0, "0 is greedy"),
@@ -90,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens of a cache page; 0 is one piece a sample (default 0)",
     )
+    spread.add(found)
     found.add_argument("--json", action="store_true", help="one JSON object on stdout")
     for name, (kind, default, about) in RULES.items():
         found.add_argument(
@@ -154,7 +163,12 @@ class Stream:
         print(self.tokenizer.decode(self.tokens)[len(self.shown) :])
 
 
-def announce(options: argparse.Namespace, config: Config, longest: int) -> None:
+def announce(
+    options: argparse.Namespace,
+    config: Config,
+    longest: int,
+    plan: spread.Plan | None,
+) -> None:
     """Says on stderr what takes time, and if positions come that training never had.
 
     A converted checkpoint doesn't tell how long the rows of its training were.
@@ -168,6 +182,8 @@ def announce(options: argparse.Namespace, config: Config, longest: int) -> None:
             file=sys.stderr,
         )
     if not options.json:
+        if plan:
+            print(spread.line(plan.about), file=sys.stderr)
         print("compiling", file=sys.stderr)
 
 
@@ -231,6 +247,7 @@ def generate(options: argparse.Namespace, text: str, rule: Sampling) -> dict[str
     Raises:
       ValueError: a request that cannot be served; before anything is compiled.
     """
+    plan = spread.plan(options)
     config, params, balance, tokenizer = deepseek_jax.load(options.checkpoint)
     if tokenizer is None:
         raise ValueError(
@@ -241,10 +258,12 @@ def generate(options: argparse.Namespace, text: str, rule: Sampling) -> dict[str
     prompts = [[tokenizer.bos_id, *tokenizer.encode(text)]] * options.n
     context = int(rope.original_length * rope.factor)
     limits: dict[str, Any] = {"depth": depth, "context": context}
-    engine.check(model, prompts, options.max_tokens, page=options.page, **limits)
+    request.check(model, prompts, options.max_tokens, page=options.page, **limits)
     weights = forward.split(model, params, balance)
     del params  # or they would be held twice
-    announce(options, config, len(prompts[0]) + options.max_tokens)
+    if plan:
+        model, weights = spread.carry_out(plan, model, weights)
+    announce(options, config, len(prompts[0]) + options.max_tokens, plan)
     stream = None if options.json or options.n > 1 else Stream(tokenizer)
     if stream:
         print(text, end="", flush=True)
@@ -270,7 +289,8 @@ def generate(options: argparse.Namespace, text: str, rule: Sampling) -> dict[str
         how["callback"] = (lambda row, tokens: None) if stream else None
         gain = speed.compare(model, weights, prompts, report, **how)
     per_token = engine.bytes_per_token(config.model, depth, dtype)
-    return result(report, gain, text, tokenizer, per_token)
+    found = result(report, gain, text, tokenizer, per_token)
+    return {**found, "mesh": plan.about if plan else None}
 
 
 def main(arguments: list[str]) -> None:

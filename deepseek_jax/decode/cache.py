@@ -50,6 +50,7 @@ def create(
     *,
     dtype: Any = jnp.float32,
     page: int = 0,
+    at: jax.sharding.Sharding | None = None,
 ) -> Cache:
     """An empty cache.
 
@@ -58,8 +59,9 @@ def create(
         longest; pages are given out for each row's own need.
       depth: MTP modules that have a cache too.
       page: tokens a page; 0 for contiguous rows.
+      at: where contiguous rows lie; by default on one device.
     """
-    at = config.attention
+    attention = config.attention
     capacity = bucket(max(needs))
     table_BP, shape = None, (len(needs), capacity)
     if page:
@@ -68,8 +70,8 @@ def create(
 
     def layer() -> Layer:
         return Layer(
-            jnp.zeros((*shape, at.kv_rank), dtype),
-            jnp.zeros((*shape, at.rope_dim), dtype),
+            jnp.zeros((*shape, attention.kv_rank), dtype, device=at),
+            jnp.zeros((*shape, attention.rope_dim), dtype, device=at),
         )
 
     return Cache(tuple(layer() for _ in range(config.num_layers + depth)), table_BP)

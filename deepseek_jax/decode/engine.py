@@ -18,6 +18,7 @@ import numpy as np
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.decode import cache as caches
+from deepseek_jax.decode import request
 from deepseek_jax.decode.cache import bucket
 from deepseek_jax.decode.forward import (
     Attend,
@@ -61,64 +62,6 @@ class Report(NamedTuple):
     cache_bytes: int
 
 
-def check(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    *,
-    depth: int = 0,
-    context: int | None = None,
-    page: int = 0,
-    chunk: int | None = None,
-) -> None:
-    """Refuses a request that cannot be served.
-
-    Raises:
-      ValueError: names the argument, its value and what would be right.
-    """
-    config = model.config
-    if config.attention.kind != "mla":
-        raise ValueError(
-            f"model.attention.kind = {config.attention.kind!r}: decoding needs 'mla', "
-            "whose latents the cache holds"
-        )
-    if page < 0:
-        raise ValueError(f"page = {page}: must be at least 0 (0 is no pages)")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk = {chunk}: must be at least 1, or None")
-    if not prompts:
-        raise ValueError("prompts: there are none; give at least one")
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens = {max_tokens}: must be at least 1")
-    if depth and not config.mtp.depth:
-        raise ValueError(
-            f"depth = {depth}: speculation needs MTP modules, the model has none "
-            "(model.mtp.depth = 0)"
-        )
-    if not 0 <= depth <= config.mtp.depth:
-        raise ValueError(
-            f"depth = {depth}: must be from 0 to {config.mtp.depth}, the MTP modules "
-            "that the model was trained with (model.mtp.depth)"
-        )
-    for row, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {row} is empty: give at least one token")
-        outside = [t for t in prompt if not 0 <= t < config.vocab_size]
-        if outside:
-            raise ValueError(
-                f"prompt {row} has token {outside[0]}: must be 0 to "
-                f"{config.vocab_size - 1}, the vocab_size is {config.vocab_size}"
-            )
-        if context is not None and len(prompt) + max_tokens > context:
-            room, most = context - len(prompt), context - max_tokens
-            shorter = f"give a prompt of at most {most} tokens"
-            raise ValueError(
-                f"prompt {row} has {len(prompt)} tokens and max_tokens is "
-                f"{max_tokens}: the model's context is {context}; "
-                + (f"ask for at most {room}" if room > 0 else shorter)
-            )
-
-
 def generate(
     model: Transformer,
     weights: Weights,
@@ -149,9 +92,9 @@ def generate(
       callback: told about new tokens, a slice of steps at a time.
 
     Raises:
-      ValueError: see `check`; before anything is compiled.
+      ValueError: see `request.check`; before anything is compiled.
     """
-    check(
+    request.check(
         model,
         prompts,
         max_tokens,
@@ -165,6 +108,7 @@ def generate(
         raise ValueError(
             f"rule has {len(rule.seed)} rows: must be {len(prompts)}, one a prompt"
         )
+    rule = jax.device_put(rule, model.rt.placed)
     started = time.perf_counter()
     state = prefill(
         model,
@@ -177,7 +121,7 @@ def generate(
         chunk=chunk,
     )
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    limit_B = jnp.asarray(lengths + max_tokens)
+    limit_B = jax.device_put(lengths + max_tokens, model.rt.placed)
     stop_N = jnp.asarray([*stop, *[-1] * (4 - len(stop) % 4)], jnp.int32)
     jax.block_until_ready(state)
     prefilled = time.perf_counter()
@@ -238,7 +182,7 @@ def warm_up(
     The first step of a program is slower than all others, on a CPU by that of hundreds.
     """
     # Arrays come from where those of later calls do, or all would be compiled again.
-    limit_B = jnp.asarray(np.array(state.length_B))
+    limit_B = jax.device_put(np.array(state.length_B), model.rt.placed)
     done_B, steps_B = jnp.copy(state.done_B), jnp.copy(state.steps_B)
     state = advance(model, weights, state, rule, limit_B, stop_N, jnp.int32(1))
     return jax.block_until_ready(state._replace(done_B=done_B, steps_B=steps_B))
@@ -290,21 +234,22 @@ def prefill(
     for row, prompt in enumerate(prompts):
         tokens_BS[row, : len(prompt)] = prompt
         seen_BV[row, list(prompt)] = True
-    cache = caches.create(model.config, needs, depth, dtype=dtype, page=page)
+    placed, rows = model.rt.placed, len(prompts)
+    zeros = functools.partial(jnp.zeros, device=placed)
     kind = jnp.promote_types(weights.embed.dtype, jnp.float32)
     state = State(
-        jnp.asarray(tokens_BS),
-        jnp.asarray(lengths),
-        jnp.zeros(len(prompts), jnp.bool_),
-        jnp.asarray(seen_BV),
-        jnp.zeros(tokens_BS.shape, kind),
-        jnp.zeros((len(prompts), window(depth), model.config.dim), kind),
-        cache,
-        jnp.zeros(len(prompts), jnp.int32),
-        jnp.zeros((len(prompts), depth), jnp.int32),
-        jnp.zeros((len(prompts), depth), jnp.int32),
+        jax.device_put(tokens_BS, placed),
+        jax.device_put(lengths, placed),
+        zeros(rows, jnp.bool_),
+        jax.device_put(seen_BV, placed),
+        zeros(tokens_BS.shape, kind),
+        zeros((rows, window(depth), model.config.dim), kind),
+        caches.create(model.config, needs, depth, dtype=dtype, page=page, at=placed),
+        zeros(rows, jnp.int32),
+        zeros((rows, depth), jnp.int32),
+        zeros((rows, depth), jnp.int32),
     )
-    most = chunk or max(16, CHUNK // len(prompts))
+    most = chunk or max(16, CHUNK // rows)
     todo, start = int(lengths.max()) - 1, 0
     while start < todo:
         size = min(most, bucket(todo - start))
@@ -343,6 +288,7 @@ def extend(
     new_BWD = jnp.take_along_axis(h_BLD, wanted_BW.clip(0, size - 1)[..., None], 1)
     here_BW = (wanted_BW >= 0) & (wanted_BW < size)
     hidden_BWD = jnp.where(here_BW[..., None], new_BWD, state.hidden_BWD)
+    hidden_BWD = model.rt.constrain(hidden_BWD, "hidden")
     for k in range(1, depth + 1):
         h_BLD, _, cache = forward_mtp(
             model, weights, k, h_BLD, tokens_after(k), position_BL, cache, attend

@@ -6,6 +6,8 @@ layers would copy each layer's weights in every step. A first chunk of a prompt 
 with expanded keys and values; what follows reads the cache, absorbed.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,10 +17,10 @@ import jax.numpy as jnp
 from deepseek_jax.decode.cache import Cache, Layer, append
 from deepseek_jax.model.attention import MLA
 from deepseek_jax.model.linear import Linear, RMSNorm, SwiGLU, embed
-from deepseek_jax.model.moe import MoE
-from deepseek_jax.model.transformer import Transformer, count
-from deepseek_jax.ops.balancing import Context
+from deepseek_jax.model.moe import mixture, shared_experts
+from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.ops.rope import Rotation, rotation
+from deepseek_jax.parallel import eplb
 from deepseek_jax.typing import Array, Params
 
 
@@ -68,7 +70,7 @@ def attend_expanded(
     """Attention of the first tokens of each row, which are all that there is."""
     c_kv, k_rope = mla.latent(x_BLD, window.by)
     new = Layer(c_kv, k_rope[:, :, 0])
-    layer = append(layer, new, window.position_BL, window.table_BP)
+    layer = mla.rt.rows(append)(layer, new, window.position_BL, window.table_BP)
     query = mla.query(x_BLD, window.by)
     return mla.expanded(query, (c_kv, k_rope), None), layer
 
@@ -85,7 +87,7 @@ def attend_absorbed(
     """
     c_kv, k_rope = mla.latent(x_BLD, window.by)
     new = Layer(c_kv, k_rope[:, :, 0])
-    layer = append(layer, new, window.position_BL, window.table_BP)
+    layer = mla.rt.rows(append)(layer, new, window.position_BL, window.table_BP)
 
     def attend(q_lat: Array, q_rope: Array, *, scale: float) -> Array:
         where = window.position_BL, window.table_BP
@@ -94,23 +96,29 @@ def attend_absorbed(
     return mla.absorbed(mla.query(x_BLD, window.by), attend), layer
 
 
-def _dense(
-    model: Transformer, params: Params, state: None, x_BLD: Array, window: Window
-) -> Array:
+def _dense(model: Transformer, params: Params, state: None, x_BLD: Array) -> Array:
     module = SwiGLU(model.config.dense_dim, model.config, model.rt)
     return module.apply({"params": params}, x_BLD)
 
 
-def _moe(
-    model: Transformer, params: Params, state: Any, x_BLD: Array, window: Window
-) -> Array:
-    totals = count([window.position_BL >= 0])
-    context = Context(
-        window.position_BL >= 0, totals.tokens[0], totals.rows[0], totals.load
+def _moe(model: Transformer, params: Params, state: Any, x_BLD: Array) -> Array:
+    config, rt = model.config, model.rt
+    if copies := params.get("copies"):
+        on_copies = functools.partial(eplb.on_copies, experts=rt.experts, copies=copies)
+        rt = dataclasses.replace(rt, experts=on_copies)
+    shared = shared_experts(config, rt)
+    if shared is not None:
+        shared = shared.bind({"params": params["shared"]})
+    y_TD, _ = mixture(
+        x_BLD.reshape(-1, config.dim),
+        params,
+        state,
+        shared,
+        config=config,
+        rt=rt,
+        balancer=model.balancer,
     )
-    module = MoE(model.config, model.rt, model.balancer)
-    y_BLD, _ = module.apply({"params": params}, x_BLD, state, context)
-    return y_BLD
+    return y_TD.reshape(x_BLD.shape)
 
 
 FEED_FORWARD = {"ffn": _dense, "moe": _moe}
@@ -141,8 +149,8 @@ def _block(
     h_BLD = _norm(model, params["ffn_norm"], x_BLD)
     for name, feed_forward in FEED_FORWARD.items():
         if name in params:
-            x_BLD = x_BLD + feed_forward(model, params[name], state, h_BLD, window)
-    return x_BLD, layer
+            x_BLD = x_BLD + feed_forward(model, params[name], state, h_BLD)
+    return model.rt.constrain(x_BLD, "hidden"), layer
 
 
 def _window(model: Transformer, position_BL: Array, table: Any, dtype: Any) -> Window:

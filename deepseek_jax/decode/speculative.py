@@ -87,7 +87,6 @@ def draft(
 ) -> tuple[State, Drafts]:
     """Runs the chain of modules; drafts stand in `tokens_BS` after the known tokens."""
     depth, size = state.accepted_BJ.shape[1], state.hidden_BWD.shape[1]
-    rows = jnp.arange(len(state.length_B))
     position_BW = state.length_B[:, None] - 1 + jnp.arange(-size, 0)
     position_BW = jnp.where(state.done_B[:, None], -1, position_BW)
     tokens_BS, cache, seen_BV = state.tokens_BS, state.cache, state.seen_BV
@@ -98,16 +97,30 @@ def draft(
         h_BWD, normed_BWD, cache = forward_mtp(
             model, weights, k, h_BWD, next_BW, position_BW, cache
         )
-        at_B = state.length_B + k - 1
         raw_B1V = logits(model, weights, normed_BWD[:, -1:])
-        q_B1V = sampling.adjusted(raw_B1V, seen_BV[:, None], s)
-        token_B = sampling.sample(q_B1V, sampling.keys(s, at_B[:, None], DRAFT))[:, 0]
-        tokens_BS = tokens_BS.at[rows, at_B].set(token_B)
-        seen_BV = seen_BV.at[rows, token_B].set(True)
+        tokens_BS, seen_BV, token_B, q_BV = model.rt.rows(propose)(
+            raw_B1V, tokens_BS, seen_BV, state.length_B + k - 1, s
+        )
         drafted.append(token_B)
-        distributions.append(q_B1V[:, 0])
+        distributions.append(q_BV)
     drafts = Drafts(jnp.stack(drafted, 1), jnp.stack(distributions, 1))
     return state._replace(tokens_BS=tokens_BS, cache=cache), drafts
+
+
+def propose(
+    raw_B1V: Array, tokens_BS: Array, seen_BV: Array, at_B: Array, s: sampling.Sampling
+) -> tuple[Array, Array, Array, Array]:
+    """Draws the tokens at `at_B` from a module's logits.
+
+    Returns:
+      The tokens and what has been seen, with the new ones; these, and the logits that
+      they were drawn from, [B, V].
+    """
+    rows = jnp.arange(len(at_B))
+    q_B1V = sampling.adjusted(raw_B1V, seen_BV[:, None], s)
+    token_B = sampling.sample(q_B1V, sampling.keys(s, at_B[:, None], DRAFT))[:, 0]
+    tokens_BS = tokens_BS.at[rows, at_B].set(token_B)
+    return tokens_BS, seen_BV.at[rows, token_B].set(True), token_B, q_B1V[:, 0]
 
 
 def step(
@@ -133,6 +146,30 @@ def step(
     input_BL = jnp.take_along_axis(state.tokens_BS, there_BL - 1, 1)
     x_BLD, cache = forward(model, weights, input_BL, position_BL, state.cache)
     raw_BLV = logits(model, weights, final_norm(model, weights, x_BLD))
+    h_BLD = mtp_input(model, weights, x_BLD)
+    state = state._replace(cache=cache)
+    return model.rt.rows(settle, whole=(6,))(
+        state, raw_BLV, h_BLD, drafts, s, limit_B, stop_N
+    )
+
+
+def settle(
+    state: State,
+    raw_BLV: Array,
+    h_BLD: Array,
+    drafts: Drafts | None,
+    s: sampling.Sampling,
+    limit_B: Array,
+    stop_N: Array,
+) -> State:
+    """What a step keeps of what the main model says; each row by itself.
+
+    Args:
+      raw_BLV: the main model's logits after the last token and each draft.
+      h_BLD: its hidden states there, as the first module reads them.
+    """
+    depth = state.accepted_BJ.shape[1]
+    there_BL = state.length_B[:, None] + jnp.arange(depth + 1)
     p_BLV = sampling.adjusted(raw_BLV, _seen(state.seen_BV, drafts), s)
     new_BL, count_B = accept(p_BLV, drafts, there_BL, s)
 
@@ -149,8 +186,8 @@ def step(
         state.done_B | stopped_B | (length_B >= limit_B),
         state.seen_BV.at[rows, token_BL].set(True, mode="drop"),
         state.log_prob_BS.at[rows, place_BL].set(log_p_BL, mode="drop"),
-        _shifted(state.hidden_BWD, mtp_input(model, weights, x_BLD), kept_B),
-        cache,
+        _shifted(state.hidden_BWD, h_BLD, kept_B),
+        state.cache,
         state.steps_B + ~state.done_B,
         state.judged_BJ + _first(kept_B, depth),
         state.accepted_BJ + _first(jnp.minimum(kept_B, count_B - 1), depth),

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from deepseek_jax.decode import engine
+from deepseek_jax.decode import engine, request
 from deepseek_jax.decode.forward import Weights
 from deepseek_jax.decode.sampling import sampling
 from deepseek_jax.eval import logits
@@ -97,15 +97,15 @@ def measure(
       seed: of the first prompt; the others have the next seeds.
 
     Raises:
-      ValueError: a domain has no document that is long enough, or as `engine.check` and
-        `sampling.sampling`; before anything is compiled.
+      ValueError: a domain has no document that is long enough, or as `request.check`
+        and `sampling.sampling`; before anything is compiled.
     """
     depth = max(model.config.mtp.depth, 1) if depth is None else depth
     if depth < 1:
         raise ValueError(f"depth = {depth}: must be at least 1, drafts are needed")
     prompts = beginnings(documents, prompt_tokens)
     for each in prompts.values():
-        engine.check(model, each, max_tokens, depth=depth, context=context)
+        request.check(model, each, max_tokens, depth=depth, context=context)
     rows: dict[str, list[engine.Generation]] = {}
     for domain, each in prompts.items():
         rule = sampling(len(each), temperature=temperature, seed=seed)

@@ -5,7 +5,8 @@ The redundant experts of arXiv:2412.19437, section 3.4, placed as DeepSeek's EPL
 an expert group staying on one node; then each node copies its busiest experts; then it
 deals the copies out to its devices. Where groups do not divide over the nodes, all is
 one group on one node ("global"). `place` runs on the host, on measured loads;
-`replica_of` and `expand` are what a device needs of it.
+`replica_of` and `expand` are what a device needs of it, `on_copies` puts the first
+between a router and its experts.
 
 Greedy, so not optimal: loads that happen to lie evenly can come out less even than they
 were. What does hold, in every layer: no choice of as many copies on a node has a
@@ -16,12 +17,13 @@ which they were made, and loads are float64 where DeepSeek has float32, so near 
 may fall otherwise.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from deepseek_jax.runtime import Experts
 from deepseek_jax.typing import Array
 
 Ints = NDArray[np.int32]
@@ -128,6 +130,31 @@ def replica_of(
 def expand(weights_EDF: Array, phy2log_P: Array) -> Array:
     """The weights at each place of one layer, from those of each expert: [P, D, F]."""
     return jnp.take(weights_EDF, phy2log_P, axis=0)
+
+
+class Copies(NamedTuple):
+    """What a router needs of one layer's placement, on its devices."""
+
+    log2phy_Ec: Array
+    counts_E: Array
+
+
+def on_copies(
+    x_TD: Array,
+    weights_TK: Array,
+    experts_TK: Array,
+    *weights_at_places: Array,
+    experts: Experts,
+    copies: Copies,
+    **how: Any,
+) -> tuple[Array, Array | None]:
+    """`Runtime.experts` with a matrix for each place and not for each expert.
+
+    Args:
+      experts: the runtime's, to which a place is what an expert is elsewhere.
+    """
+    place_TK = replica_of(*copies, experts_TK)
+    return experts(x_TD, weights_TK, place_TK, *weights_at_places, **how)
 
 
 def _checked(loads_RE: ArrayLike) -> Floats:

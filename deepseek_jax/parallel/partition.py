@@ -115,11 +115,19 @@ def shardings(config: MeshConfig, mesh: Mesh, tree: Any) -> Any:
     Raises:
       ValueError: as `check_own`, `deciding` and `spec`.
     """
-    leaves, rules = named(tree), rules_of(config)
-    check_own(config, mesh, leaves)
+    check_own(config, mesh, named(tree))
+    return by_table(rules_of(config), mesh, tree)
+
+
+def by_table(rules: Sequence[Rule], mesh: Mesh, tree: Any) -> Any:
+    """The sharding that a table gives every leaf of a pytree.
+
+    Raises:
+      ValueError: as `deciding` and `spec`.
+    """
     placed = [
         NamedSharding(mesh, spec(deciding(rules, name).place, leaf.shape, mesh, name))
-        for name, leaf in leaves.items()
+        for name, leaf in named(tree).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(tree), placed)
 

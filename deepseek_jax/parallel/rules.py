@@ -6,7 +6,8 @@ mesh axes of the last dimensions, so that one rule serves a layer and a stack of
 
 `fsdp` shards everything (ZeRO-3) and experts over their axes; `zero1` shards only what
 AdamW keeps, over all devices, as DeepSeek-V3 does (arXiv:2412.19437, section 3.1); `ep`
-shards nothing but experts; `replicated` nothing at all.
+shards nothing but experts; `replicated` nothing at all. `decode` is for the weights of
+`decode.mesh`, whose names are such as blocks/3/0/moe/gate, and no choice of a run.
 """
 
 from typing import NamedTuple
@@ -55,6 +56,7 @@ PRESETS: dict[str, tuple[Rule, ...]] = {
     ),
     "ep": (Rule(EXPERT, Place((EXPERTS, None, None))), Rule("", WHOLE)),
     "replicated": (Rule("", WHOLE),),
+    "decode": (Rule(EXPERT, Place((EXPERTS, None, None))), Rule("", WHOLE)),
 }
 
 # What `Runtime.constrain` pins, by the name it is given. Rows are split over all axes.

@@ -92,7 +92,7 @@ def rooms(
     capacity: float,
     ragged: bool,
 ) -> tuple[Room, ...]:
-    """The places of one exchange after another, as `expert.plan_route` has them.
+    """The places of one exchange after another, as `transport.plan_route` has them.
 
     Args:
       ranks: of each exchange.

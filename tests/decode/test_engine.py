@@ -14,7 +14,7 @@ import pytest
 from deepseek_jax import presets
 from deepseek_jax.config import Config, MTPConfig, OptimConfig
 from deepseek_jax.decode import cache as caches
-from deepseek_jax.decode import engine, forward
+from deepseek_jax.decode import engine, forward, request
 from deepseek_jax.decode.cache import Layer
 from deepseek_jax.decode.sampling import sampling
 from deepseek_jax.train.state import assemble, init_state
@@ -315,11 +315,11 @@ def test_models_without_what_is_needed_are_refused():
     model, _, _ = replica.built()
     config = dataclasses.replace(model.config, mtp=MTPConfig(depth=0))
     with pytest.raises(ValueError, match="the model has none"):
-        engine.check(model.clone(config=config), [[1]], 1, depth=1)
+        request.check(model.clone(config=config), [[1]], 1, depth=1)
     at = dataclasses.replace(model.config.attention, kind="mha")
     config = dataclasses.replace(model.config, attention=at)
     with pytest.raises(ValueError, match="decoding needs 'mla'"):
-        engine.check(model.clone(config=config), [[1]], 1)
+        request.check(model.clone(config=config), [[1]], 1)
 
 
 @pytest.mark.parametrize("depth", [0, 1])

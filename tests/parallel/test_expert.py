@@ -10,6 +10,7 @@ from deepseek_jax import runtime
 from deepseek_jax.config import TRANSPORTS, MeshConfig
 from deepseek_jax.parallel import expert
 from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel import transport as transports
 from tests.agreement import assert_agree
 from tests.parallel.test_training import MOE, config_of, trained
 
@@ -51,7 +52,7 @@ def results(mesh: MeshConfig, routing: str):
 
 
 def test_every_transport_of_the_config_exists():
-    assert set(expert.TRANSPORTS) == set(TRANSPORTS)
+    assert set(transports.TRANSPORTS) == set(TRANSPORTS)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -73,10 +74,10 @@ def test_the_one_device_routing_has_no_room():
     config = config_of(MeshConfig(**NODES))
     mesh = meshes.make(config.mesh)
     rt = expert.on_mesh(runtime.build(config.runtime), config, mesh)
-    group, legs = rt.experts.keywords["group"], [expert.Leg(meshes.EXPERTS, 8, 2)]
+    group, legs = rt.experts.keywords["group"], [transports.Leg(meshes.EXPERTS, 8, 2)]
 
     def fits(experts):
-        return expert.plan_route(group, experts, legs, False)[3][None]
+        return transports.plan_route(group, experts, legs, False)[3][None]
 
     rows = jax.sharding.PartitionSpec(mesh.axis_names)
     fits = jax.jit(

@@ -32,8 +32,8 @@ def with_rules(name: str, *own: tuple[str, str]) -> MeshConfig:
 
 
 def test_every_preset_places_every_array():
-    assert set(rules.PRESETS) == set(RULES)
-    for name in rules.PRESETS:
+    assert set(rules.PRESETS) == {*RULES, "decode"}
+    for name in RULES:
         assert placed(with_rules(name)).keys() == partition.named(state()).keys()
 
 
@@ -51,7 +51,7 @@ WHERE = {
     ("fsdp", MOMENT): P(None, None, ("fsdp",)),
     ("fsdp", "balance/0"): P(),
     ("zero1", EXPERT): P(None, ("node", "expert"), None, None),
-    ("zero1", MOMENT): P(None, ("data", "fsdp", "node", "expert"), None),
+    ("zero1", MOMENT): P(None, ("pipe", "data", "fsdp", "node", "expert"), None),
     ("zero1", "params/moe/attn/q_b/kernel"): P(),
     ("ep", EXPERT): P(None, ("node", "expert"), None, None),
     ("ep", MOMENT): P(),

@@ -14,6 +14,7 @@ from deepseek_jax.config import PAYLOADS, TRANSPORTS, MeshConfig
 from deepseek_jax.parallel import expert, traffic, wire
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.traffic import Layout, Links
+from deepseek_jax.parallel.transport import Leg, plan_route
 from tests.parallel.test_training import MOE, config_of
 
 HERE = Layout(nodes=2, local=4, experts=16)
@@ -120,13 +121,11 @@ def plan_of(transport: str, capacity: float, keep: int, experts_TK):
     legs, rest = [], HERE.experts
     for axes in LEGS.get(transport, ONE_LEG):
         rest //= group.size(axes)
-        legs.append(expert.Leg(axes, group.size(axes), rest))
+        legs.append(Leg(axes, group.size(axes), rest))
     places = []
 
     def plan(experts_tK):
-        hops, _, _, fits = expert.plan_route(
-            group, experts_tK, legs, transport == "ragged"
-        )
+        hops, _, _, fits = plan_route(group, experts_tK, legs, transport == "ragged")
         filled, rows = [], len(experts_tK)
         for (hop, way), leg in zip(hops, legs):
             if hop.sizes_RR is None:

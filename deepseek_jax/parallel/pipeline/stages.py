@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -227,7 +226,7 @@ def where_only(
     return jax.checkpoint(either, prevent_cse=False)(pred, given)
 
 
-def _applied(module: nn.Module, params: Any, *given: Any) -> Any:
+def _applied(module: Any, params: Any, *given: Any) -> Any:
     return module.apply({"params": params}, *given)
 
 
