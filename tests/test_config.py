@@ -18,6 +18,7 @@ SIX_PARTS = {"train.accumulation": 3, "mesh.data": 2}
 THREE_SHARES = {"data.batch": 18, "mesh.expert": 3}
 
 # field, impossible value, what the message says is right, other fields that make it so
+PIPED = {"pipeline.schedule": "dualpipe"}
 REFUSED = [
     ("model.attention.rope.theta", 0.0, "must be positive", {}),
     ("model.attention.rope.original_length", -1, "must be positive", {}),
@@ -106,9 +107,21 @@ REFUSED = [
     (
         "data.batch",
         16,
-        "multiple of train.accumulation x the mesh's devices = 6",
+        "multiple of train.accumulation x the mesh's devices that share the rows of "
+        "one = 6",
         SIX_PARTS,
     ),
+    ("data.batch", 18, "multiple of the mesh's 4 devices", PIPED | {"mesh.pipe": 4}),
+    ("mesh.pipe", 2, "needs a pipeline.schedule: gpipe", {}),
+    ("pipeline.schedule", "dualpip", "did you mean 'dualpipe'?", {}),
+    ("pipeline.keep", "input", "did you mean 'inputs'?", {}),
+    ("pipeline.microbatches", 0, "must be positive", {}),
+    ("pipeline.microbatches", 2, "needs a pipeline.schedule", {}),
+    ("mesh.pipe", 0, "must be positive", {}),
+    ("pipeline.chunks", -1, "must be >= 0", {}),
+    ("pipeline.chunks", 3, "needs a pipeline.schedule", {}),
+    ("train.accumulation", 2, "micro-batches are pipeline.microbatches", PIPED),
+    ("balance.strategy", "aux_global", "'aux_seq' (per sequence), 'aux_batch'", PIPED),
 ]
 
 
@@ -135,10 +148,17 @@ def fields(cls: type, at: str = "") -> dict[str, object]:
     return leaves
 
 
+def context(name: str) -> dict:
+    """What a field needs to have another value."""
+    return PIPED if name == "mesh.pipe" or name.startswith("pipeline.") else {}
+
+
 def other(name: str, default: object) -> object:
     """A value that is allowed for a field and is not its default."""
     special = {
         "model.attention.kind": "mha",
+        "pipeline.schedule": "gpipe",
+        "pipeline.keep": "products",
         "model.attention.rope_dim": 32,
         "model.moe.score": "softmax",
         "model.moe.group_score": "max",
@@ -207,15 +227,15 @@ def test_every_check_is_refused_once(monkeypatch):
 
 @pytest.mark.parametrize(("name", "default"), fields(Config).items())
 def test_round_trip_of_every_field(name, default):
-    config = from_dict(Config, nested({name: other(name, default)}))
+    config = from_dict(Config, nested(context(name) | {name: other(name, default)}))
     assert config != Config()
     assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
 
 
 @pytest.mark.parametrize(("name", "default"), fields(Config).items())
 def test_signature_is_what_changes_the_mathematics(name, default):
-    config = from_dict(Config, nested({name: other(name, default)}))
-    free = name.split(".")[0] in ("train", "runtime", "mesh")
+    config = from_dict(Config, nested(context(name) | {name: other(name, default)}))
+    free = name.split(".")[0] in ("train", "runtime", "mesh", "pipeline")
     assert (signature(config) == signature(Config())) == free
 
 

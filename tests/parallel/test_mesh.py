@@ -10,13 +10,13 @@ from deepseek_jax.parallel import mesh as meshes
 
 def test_experts_fill_a_node_before_they_go_on():
     mesh = meshes.make(MeshConfig(data=2, node=2, expert=2))
-    assert mesh.axis_names == ("data", "fsdp", "node", "expert")
+    assert mesh.axis_names == ("pipe", "data", "fsdp", "node", "expert")
     ids = np.vectorize(lambda device: device.id)(mesh.devices)
-    np.testing.assert_array_equal(ids, np.arange(8).reshape(2, 1, 2, 2))
+    np.testing.assert_array_equal(ids, np.arange(8).reshape(1, 2, 1, 2, 2))
 
 
 def test_a_mesh_of_one_takes_the_first_of_many():
-    assert meshes.make(MeshConfig()).devices.tolist() == [[[[jax.devices()[0]]]]]
+    assert meshes.make(MeshConfig()).devices.tolist() == [[[[[jax.devices()[0]]]]]]
 
 
 @pytest.mark.parametrize("shape", [{"data": 4}, {"data": 4, "expert": 4}])
