@@ -407,7 +407,7 @@ class MeshConfig:
     expert: int = 1
     rules: str = "fsdp"  # see parallel.rules
     own_rules: Placements = ()
-    transport: str = "all_to_all"  # see parallel.expert
+    transport: str = "all_to_all"  # see parallel.transport
     payload: str = "exact"  # what a token's copy is sent as
     capacity: float = 1.5  # room in a buffer, times what an even load needs
 
@@ -434,7 +434,8 @@ class PipelineConfig:
     """How micro-batches go through the ranks of `mesh.pipe`; see `parallel.pipeline`.
 
     What a stage keeps of a micro-batch until its backward pass is its input, and all
-    else is computed again, or what `runtime.remat` keeps of each block.
+    else is computed again; or what `runtime.remat` keeps of each MoE block, as far as
+    every stage has as many.
     """
 
     schedule: str = "none"

@@ -77,16 +77,19 @@ def in_scope(op_name: str, scope: str) -> bool:
     return found is not None
 
 
-def collectives(text: str) -> list[Collective]:
+def collectives(text: str, loops: bool = False) -> list[Collective]:
     """All collectives of a program, computation by computation, in order of launch.
 
     A start without a done in its computation is under way until that ends.
+
+    Args:
+      loops: count the products of a loop of unknown length, too, as if it ran once.
 
     Raises:
       ValueError: the text is no scheduled program, or it names the devices of a
         collective in a form that is not known.
     """
-    return list(_Program(text).collectives())
+    return list(_Program(text, loops).collectives())
 
 
 def table(found: Iterable[Collective], scope: str = "shared") -> str:
@@ -119,7 +122,8 @@ def table(found: Iterable[Collective], scope: str = "shared") -> str:
 class _Program:
     """The computations of a program, and what each of them is sure to multiply."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, loops: bool) -> None:
+        self.least = 1 if loops else 0  # turns of a loop whose number is not known
         self.entry, self.devices, self.ops = parse(text)
         self.types = {
             name: {op.name: op.type for op in ops} for name, ops in self.ops.items()
@@ -151,7 +155,7 @@ class _Program:
             return min(called, key=lambda found: (len(found), _flops(found)))
         found = tuple(matmul for each in called for matmul in each)
         if op.opcode == "while":
-            trips = op.trips or 0
+            trips = op.trips or self.least
             return tuple(m._replace(flops=trips * m.flops) for m in found if trips)
         return found
 

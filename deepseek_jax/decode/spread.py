@@ -2,7 +2,7 @@
 
 A device has rows of the batch with their cache, and places of experts; the rest of the
 model it has whole. Tokens reach experts on other devices as they do in training
-(`parallel.expert`), and a copied expert's tokens take turns between its copies. The
+(`parallel.transport`), and a copied expert's tokens take turns between its copies. The
 redundant experts of arXiv:2412.19437, section 3.4; where we differ: attention is not
 split over devices, the shared expert is on all of them instead of being routed to, and
 experts are placed once, not every ten minutes.

@@ -7,7 +7,7 @@ mesh axes of the last dimensions, so that one rule serves a layer and a stack of
 `fsdp` shards everything (ZeRO-3) and experts over their axes; `zero1` shards only what
 AdamW keeps, over all devices, as DeepSeek-V3 does (arXiv:2412.19437, section 3.1); `ep`
 shards nothing but experts; `replicated` nothing at all. `decode` is for the weights of
-`decode.mesh`, whose names are such as blocks/3/0/moe/gate, and no choice of a run.
+`decode.spread`, whose names are such as 0/moe/gate, and no choice of a run.
 """
 
 from typing import NamedTuple
@@ -48,7 +48,7 @@ PRESETS: dict[str, tuple[Rule, ...]] = {
         Rule(r"/(kernel|embed|head)$", Split(("fsdp",))),
     ),
     "zero1": (
-        Rule(MOMENTS + ".*" + EXPERT, Place((EXPERTS, ("data", "fsdp"), None))),
+        Rule(MOMENTS + ".*" + EXPERT, Place((EXPERTS, ("pipe", "data", "fsdp"), None))),
         Rule(EXPERT, Place((EXPERTS, None, None))),
         FEW,
         Rule(MOMENTS, Split(AXES)),

@@ -1,4 +1,4 @@
-"""Counts what the transports of `parallel.expert` send over links, from the routing.
+"""Counts what the transports of `parallel.transport` send over links, from the routing.
 
 Rows are counted from device to device, exchange by exchange, then as bytes over the
 links inside a node and over those between nodes (arXiv:2412.19437, section 3.2.2: 160

@@ -53,18 +53,36 @@ def assemble(config: Config, mesh: Mesh) -> Pipeline:
     Raises:
       ValueError: a schedule that these sizes do not have, or too many stages.
     """
-    asked = config.pipeline
-    schedule = schedules.build(
-        asked.schedule, config.mesh.pipe, asked.microbatches, asked.chunks or None
-    )
+    schedule, pieces = plan(config)
     total = functools.partial(lax.psum, axis_name=ROWS)
     stage = Stage(
         config.model,
-        cut.cut(config.model, schedule),
+        pieces,
         expert.in_pipeline(runtime.build(config.runtime), config, mesh),
         balancing.build(config.balance, config.model.moe, total),
     )
-    return Pipeline(program.assemble(schedule, asked.keep == "inputs"), stage)
+    keeps_inputs = config.pipeline.keep == "inputs"
+    return Pipeline(program.assemble(schedule, keeps_inputs), stage)
+
+
+def plan(config: Config) -> tuple[schedules.Schedule, cut.Cut]:
+    """The schedule that a config asks for, and the model cut into its stages.
+
+    Raises:
+      ValueError: names the settings and what is wrong with them together.
+    """
+    asked, ranks = config.pipeline, config.mesh.pipe
+    try:
+        schedule = schedules.build(
+            asked.schedule, ranks, asked.microbatches, asked.chunks or None
+        )
+        return schedule, cut.cut(config.model, schedule)
+    except ValueError as error:
+        raise ValueError(
+            f"pipeline.schedule = {asked.schedule!r}, mesh.pipe = {ranks}, "
+            f"pipeline.microbatches = {asked.microbatches}, pipeline.chunks = "
+            f"{asked.chunks}: {error}"
+        ) from None
 
 
 def feeds(parts: Parts, batches: Batch, counts: Totals) -> Feed:
@@ -103,7 +121,7 @@ def place(
     parts: Parts, pipeline: Pipeline, state: TrainState, counts: Totals
 ) -> tuple[Where, Routers]:
     """What each place is, [ranks, stages of a rank, ..], and the routers of MTP."""
-    cut, routers = pipeline.stage.cut, parts.config.model.num_moe
+    pieces, routers = pipeline.stage.cut, parts.config.model.num_moe
     schedule = pipeline.program.schedule
     size = schedule.digits // schedule.copies
     first, last = program.flags(schedule)
@@ -111,9 +129,9 @@ def place(
     where = Where(
         jnp.asarray(first[:, :size], jnp.int32),
         jnp.asarray(last[:, :size], jnp.int32),
-        jnp.asarray(cut.dense.layer_RdN >= 0, jnp.int32),
-        jnp.asarray(cut.moe.layer_RdN >= 0, jnp.int32),
-        cut.moe.place(jax.tree.map(lambda x: x[:routers], every)),
+        jnp.asarray(pieces.dense.layer_RdN >= 0, jnp.int32),
+        jnp.asarray(pieces.moe.layer_RdN >= 0, jnp.int32),
+        pieces.moe.place(jax.tree.map(lambda x: x[:routers], every)),
     )
     return where, jax.tree.map(lambda x: x[routers:], every)
 
@@ -127,8 +145,8 @@ def accumulate(
     mtp_weight: Array,
 ) -> tuple[Params, Losses, tuple[Array, Any]]:
     """Gradients, losses, loads and statistics, summed over micro-batches."""
-    cut = pipeline.stage.cut
-    own, shared = cut.split(state.params)
+    pieces = pipeline.stage.cut
+    own, shared = pieces.split(state.params)
     where, mtp = place(parts, pipeline, state, counts)
     given = Given(
         own, shared, where, mtp, feeds(parts, batches, counts), counts, mtp_weight
@@ -148,18 +166,18 @@ def accumulate(
         out_specs=(*specs, Report(WHOLE, WHOLE, WHOLE, RANKS, WHOLE)),
         check_vma=False,
     )(given, jax.tree.map(jnp.asarray, pipeline.program.rows))
-    return cut.join(own, shared), *figures(cut, report, mtp_weight)
+    return pieces.join(own, shared), *figures(pieces, report, mtp_weight)
 
 
 def figures(
-    cut: cut.Cut, report: Report, mtp_weight: Array
+    pieces: cut.Cut, report: Report, mtp_weight: Array
 ) -> tuple[Losses, tuple[Array, Any]]:
     """Losses, and loads and statistics in the order of the routers."""
     loss = report.ce + report.penalty
     if report.mtp_ce.size:
         loss = loss + mtp_weight * report.mtp_ce.mean()
     losses = Losses(loss, report.ce, report.mtp_ce, report.penalty)
-    counts: Counted = cut.moe.stack(report.own)
+    counts: Counted = pieces.moe.stack(report.own)
     if report.mtp is not None:
         counts = jax.tree.map(lambda *both: jnp.concatenate(both), counts, report.mtp)
     return losses, tuple(counts)

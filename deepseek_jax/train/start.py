@@ -20,7 +20,7 @@ from deepseek_jax.data import pipeline
 from deepseek_jax.data.cache import default_cache
 from deepseek_jax.data.sources import open_corpus
 from deepseek_jax.parallel import processes
-from deepseek_jax.train import hooks, writers
+from deepseek_jax.train import hooks, pipelined, writers
 from deepseek_jax.train.evaluate import evaluate, make_evaluate_batch
 from deepseek_jax.train.metrics import Recorder
 from deepseek_jax.train.state import Parts, TrainState, assemble, init_state
@@ -91,6 +91,8 @@ def open_run(config: Config, workdir: Path) -> Run:
     Raises:
       ValueError: a setting does not fit the devices, or the data.
     """
+    if config.pipeline.schedule != "none":
+        pipelined.plan(config)
     parts = processes.together(lambda: assemble(config))
     return processes.first_then_all(lambda: open_data(parts, workdir))
 

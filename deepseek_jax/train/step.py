@@ -30,7 +30,9 @@ COMPILER_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZ
 
 
 def micro_batches(batch: Batch, parts: int) -> Batch:
-    """[B, ...] -> [parts, B/parts, ...]; strided: a device keeps its own rows."""
+    """[B, ...] -> [parts, B/parts, ...]; strided: a device keeps its own rows,
+    where a mesh without a pipeline has split them.
+    """
     return jax.tree.map(
         lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1),
         batch,
@@ -93,9 +95,10 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         counts = totals(parts, batch)
         batches = micro_batches(batch, config.micro_batches)
-        if parts.balancer.needs_counts and config.micro_batches > 1:
+        piped = gradients is not accumulate
+        if parts.balancer.needs_counts and (piped or config.micro_batches > 1):
             # The whole batch at once, if its micro-batches have rows for few devices.
-            all_rows = batches if gradients is accumulate else micro_batches(batch, 1)
+            all_rows = micro_batches(batch, 1) if piped else batches
             counts = counts._replace(load=first_pass(parts, state, all_rows, counts))
         grads, losses, (load_RE, stats) = gradients(
             parts,

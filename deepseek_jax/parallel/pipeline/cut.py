@@ -93,20 +93,22 @@ def bounds(model: ModelConfig, stages: int) -> list[tuple[int, int]]:
     leaves a choice, MoE layers are spread evenly.
 
     Raises:
-      ValueError: there are more stages than layers and MTP modules, or no MoE layers.
+      ValueError: more stages than layers (one more with MTP), or no MoE layers.
     """
     if not model.num_moe:
         raise ValueError(
             f"model.num_dense = {model.num_dense}: must be less than model.num_layers "
             "for a pipeline, whose stages are built around MoE layers"
         )
-    units = model.num_layers + model.mtp.depth
-    if stages > units:
+    # All MTP modules lie on the last stage, which needs nothing else.
+    limit = model.num_layers + (model.mtp.depth > 0)
+    if stages > limit:
         raise ValueError(
-            f"pipeline of {stages} stages: must be at most {units}, the model's "
-            f"{model.num_layers} layers (model.num_layers) and {model.mtp.depth} MTP "
-            "modules"
+            f"pipeline of {stages} stages: must be at most {limit}, the model's "
+            f"{model.num_layers} layers (model.num_layers) and one for MTP modules if "
+            "it has any"
         )
+    units = model.num_layers + model.mtp.depth
     most = max(-(-units // stages), model.mtp.depth)
     dense = [min(most, max(0, model.num_dense - most * s)) for s in range(stages)]
     room = [most - each for each in dense]

@@ -3,10 +3,9 @@
 All axes of the mesh are manual here. In a tick a rank does a forward, a backward, both
 or neither, and what comes out goes to both neighbours at once. Rings of buffers and
 sums of gradients lie in no conditional; the work itself does in runs of ticks where
-busy ranks differ, and only there. So in a DualPipe's long middle a forward and the
-backward of the other direction stand side by side with nothing between them, as in
-figure 4 of arXiv:2412.19437, and the exchange of the one may run under the products of
-the other.
+busy ranks differ, and only there. In the others, such as the middle of a DualPipe, a
+forward and the backward of the other direction stand side by side (`interleave`), as in
+figure 4 of arXiv:2412.19437; what lies in a conditional of a stage is not cut.
 """
 
 import functools

@@ -8,8 +8,9 @@ rank has no use for goes to a last slot that nobody reads, so that nothing needs
 conditional but the work itself.
 
 Ticks come in runs. Where all ranks that are busy do the same kinds of work, a run needs
-no conditional: idle ranks do the same on nothing. Ours; that such runs cover nearly all
-of a DualPipe and let its sends overlap is the measurement behind it.
+no conditional: idle ranks do the same on nothing. Of a DualPipe that is the middle,
+which grows with the microbatches: 10 of 24 ticks on 4 ranks with 16, 114 of 146 on 8
+with 128, and none with the fewest it takes. Ours.
 """
 
 import itertools

@@ -1,12 +1,14 @@
 """What a rank computes of a micro-batch: one function, whichever stage it is.
 
 The blocks that every stage has are run as they are. What only some stages have runs
-under a conditional, whose result has an activation's size: the embedding before the
-first stage, dense blocks, blocks beyond what the smallest stage has, and behind the
-last stage the norm, the MTP modules and the losses. Such conditionals contain exchanges
-between the devices of one rank, and none between ranks. The mathematics is `model`'s,
-its modules applied one by one (arXiv:2412.19437, sections 2.1, 2.2), and the objective
-`train.objective`'s: `share` is what a micro-batch adds to the global batch's loss.
+under a conditional: the embedding before the first stage, dense blocks, blocks beyond
+what the smallest stage has, and behind the last stage the norm, the MTP modules and the
+losses. Its result has an activation's size; it keeps nothing for its backward pass,
+which computes it again, and whose results have the size of its weights. Conditionals
+contain exchanges between the devices of one rank, and none between ranks. The
+mathematics is `model`'s, its modules applied one by one (arXiv:2412.19437, sections
+2.1, 2.2), and the objective `train.objective`'s: `share` is what a micro-batch adds to
+the global batch's loss.
 """
 
 import functools
@@ -68,9 +70,9 @@ class Routers(NamedTuple):
 class Where(NamedTuple):
     """Which stage a function call is."""
 
-    first: Array  # bool
+    first: Array  # int32, 1 if it is
     last: Array
-    dense: Array  # bool [slots], the full ones
+    dense: Array  # int32 [slots], 1 for the full ones
     moe: Array
     routers: Routers  # [slots, ...]
 
@@ -98,7 +100,7 @@ class Stage:
         """A micro-batch through the stage.
 
         Args:
-          own, shared: as `Cut.split` has them, `own` of this stage alone.
+          own, shared: as `Cut.split` has them, `own` a list of this stage's blocks.
           x_BLD: the output of the stage before; nobody looks at the first one's.
           mtp: of the MTP modules' routers.
           totals: counts over the global batch; its `load` is not used.
@@ -113,32 +115,34 @@ class Stage:
         given: Any
         with jax.named_scope("entry"):
             given = shared["embed"], feed.tokens_BS[:, :length], x_BLD
-            x_BLD = where_only(where.first, _embedded, given, _last)
+            x_BLD = where_only(where.first > 0, _embedded, given, _last)
         for i in range(self.cut.dense.width):
             dense = functools.partial(self._dense, by=by, segment_BL=segment_BL)
-            given = _at(own["dense"], i), x_BLD
-            x_BLD = where_only(where.dense[i], dense, given, _last)
+            given = own["dense"][i], x_BLD
+            x_BLD = where_only(where.dense[i] > 0, dense, given, _last)
         reports = []
         for i in range(self.cut.moe.width):
             context = Context(feed.valid_JBL[0], totals.tokens[0], totals.rows[0])
             moe = functools.partial(self._moe, by=by, segment_BL=segment_BL)
-            given = _at(own["moe"], i), _at(where.routers, i), context, x_BLD
+            given = own["moe"][i], _at(where.routers, i), context, x_BLD
             if i < self.cut.moe.common:
                 x_BLD, report = moe(*given)
             else:
                 without = functools.partial(_unchanged, moe)
-                x_BLD, report = where_only(where.moe[i], moe, given, without)
+                x_BLD, report = where_only(where.moe[i] > 0, moe, given, without)
             reports.append(report)
         with jax.named_scope("exit"):
             leave = functools.partial(self._leave, by=by, segment_BL=segment_BL)
             given = shared, x_BLD, feed, mtp, totals
             without = functools.partial(_zeros, leave)
-            ce_J, of_mtp, mtp_penalty = where_only(where.last, leave, given, without)
+            ce_J, of_mtp, mtp_penalty = where_only(
+                where.last > 0, leave, given, without
+            )
         penalty = sum((each for _, each in reports), mtp_penalty)
         share = ce_J[0] + penalty
         if len(ce_J) > 1:
             share = share + mtp_weight * ce_J[1:].mean()
-        of_own = _stacked([counts for counts, _ in reports])
+        of_own = stacked([counts for counts, _ in reports])
         return (x_BLD, share), Report(ce_J[0], ce_J[1:], penalty, of_own, of_mtp)
 
     def _dense(
@@ -208,7 +212,7 @@ class Stage:
             )
             for k, h_BLD in enumerate(hidden)
         ]
-        return jnp.stack(ce), _stacked(counts) if counts else None, penalty
+        return jnp.stack(ce), stacked(counts) if counts else None, penalty
 
 
 def where_only(
@@ -252,5 +256,6 @@ def _at(tree: Any, i: int) -> Any:
     return jax.tree.map(lambda x: x[i], tree)
 
 
-def _stacked(trees: list[Any]) -> Any:
+def stacked(trees: list[Any]) -> Any:
+    """Trees of arrays as one, with a leading axis over them."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.parallel.pipeline.stages import Stage
+from deepseek_jax.parallel.pipeline.stages import Stage, stacked
 from deepseek_jax.typing import Array
 
 Gradients = tuple[Any, ...]  # of own (of one digit), of shared, of the input
@@ -27,6 +27,8 @@ def forward(
     stage: Stage, keeps_inputs: bool, own: Any, shared: Any, x_BLD: Array, rest: Any
 ) -> Any:
     """((output, report), what the backward pass needs besides weights)."""
+
+    own = slots(own)
 
     def run(own: Any, shared: Any, x_BLD: Array) -> Any:
         return stage(own, shared, x_BLD, *rest)
@@ -57,6 +59,8 @@ def backward(
       g_BLD: of the stage's output; nobody looks at the last one's.
     """
 
+    own = slots(own)
+
     def run(own: Any, shared: Any, x_BLD: Array) -> Any:
         return stage(own, shared, x_BLD, *rest)
 
@@ -66,8 +70,18 @@ def backward(
     if not keeps_inputs:
         pull = _residuals(pull, own, shared)[1](read)
     is_last = rest[1].last > 0
-    found = pull((jnp.where(is_last, 0, g_BLD), jnp.ones_like(share)))
+    own, *found = pull((jnp.where(is_last, 0, g_BLD), jnp.ones_like(share)))
+    found = [{name: stacked(blocks) for name, blocks in own.items()}, *found]
     return tuple(each if n in PARTS[kind] else None for n, each in enumerate(found))
+
+
+def slots(own: Any) -> dict[str, list[Any]]:
+    """The blocks of each stack one by one, so that a vjp knows its weights again."""
+    sizes = {name: len(jax.tree.leaves(stack)[0]) for name, stack in own.items()}
+    return {
+        name: [jax.tree.map(lambda x, i=i: x[i], own[name]) for i in range(size)]
+        for name, size in sizes.items()
+    }
 
 
 def _residuals(pull: Any, own: Any, shared: Any) -> tuple[list[Array], Any]:

@@ -1,4 +1,4 @@
-"""What compiled programs need, by schedule, is what the checker says of their tables."""
+"""What a compiled program needs goes with what the checker says of its table."""
 
 import functools
 
