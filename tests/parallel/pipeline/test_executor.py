@@ -52,7 +52,7 @@ def config_of(
     shape = MeshConfig(**{"capacity": 8.0} | mesh)
     microbatches = 3 * max(shape.pipe, 4)
     base = small(
-        batch=BATCH,
+        batch=max(BATCH, microbatches * shape.size // shape.pipe),
         segment_mask=True,
         mesh=shape,
         balance=BalanceConfig(strategy, speed=1e-2, alpha=1e-2),
