@@ -23,6 +23,7 @@ from deepseek_jax.config import (
     TrainConfig,
 )
 from deepseek_jax.parallel.partition import named
+from deepseek_jax.parallel.pipeline import executor
 from deepseek_jax.parallel.pipeline.schedules import SCHEDULES
 from deepseek_jax.train.state import assemble, init_balance, init_state, shardings
 from deepseek_jax.train.step import make_step
@@ -241,3 +242,13 @@ def test_a_wrong_gradient_would_be_found():
         wrong.flat[0] += 1e-9 * np.abs(grad).max()
         assert not close(wrong, grad, 1e-10)
         assert close(grad * (1 + 1e-12), grad, 1e-10)
+
+
+@pytest.mark.slow
+def test_gradients_of_a_direction_that_get_lost_are_found(monkeypatch):
+    def without_copies(schedule, every):
+        return jax.tree.map(lambda x: x[:1], every)
+
+    monkeypatch.setattr(executor, "without_copies", without_copies)
+    with pytest.raises(AssertionError):
+        assert_same(config_of("dualpipe", pipe=2), 1)

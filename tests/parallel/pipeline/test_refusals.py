@@ -1,7 +1,7 @@
 """What a pipeline cannot be is refused by name, before anything is compiled.
 
 Some of it by the configuration itself; what depends on the schedule's table or the cut
-of the model, when the step is made.
+of the model, when that is planned, which a run does before it opens its data.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from deepseek_jax.config import (
     PipelineConfig,
     TrainConfig,
 )
+from deepseek_jax.train import pipelined, start
 from deepseek_jax.train.state import assemble
 from deepseek_jax.train.step import make_step
 from tests.factory import SMALL, small
@@ -139,7 +140,7 @@ BY_STEP = {
 
 
 def too_late(*_, **__):
-    raise AssertionError("a program is traced")
+    raise AssertionError("more is done than to refuse")
 
 
 def refusal(make):
@@ -169,6 +170,16 @@ def test_refused_when_the_step_is_made(case, monkeypatch):
 
     message = refusal(assembled)
     assert [text for text in texts if text not in message] == []
+    settings = f"pipeline.schedule = {config.pipeline.schedule!r}, mesh.pipe = "
+    assert message.startswith(f"{settings}{config.mesh.pipe}, pipeline.microbatches")
+    assert refusal(lambda: pipelined.plan(config)) == message
+
+
+@pytest.mark.parametrize("case", BY_STEP)
+def test_a_run_is_refused_before_it_opens_its_data(case, monkeypatch, tmp_path):
+    monkeypatch.setattr(start, "open_data", too_late)
+    message = refusal(lambda: start.open_run(BY_STEP[case][0](), tmp_path))
+    assert BY_STEP[case][1][0] in message
 
 
 def test_devices_that_are_not_there_are_refused():
