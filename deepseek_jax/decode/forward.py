@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from deepseek_jax.decode.cache import Cache, Layer, append
 from deepseek_jax.model.attention import MLA
 from deepseek_jax.model.linear import Linear, RMSNorm, SwiGLU, embed
-from deepseek_jax.model.moe import mixture, shared_experts
-from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.model.moe import MoE
+from deepseek_jax.model.transformer import Transformer, count
+from deepseek_jax.ops.balancing import Context
 from deepseek_jax.ops.rope import Rotation, rotation
 from deepseek_jax.parallel import eplb
 from deepseek_jax.typing import Array, Params
@@ -96,29 +97,25 @@ def attend_absorbed(
     return mla.absorbed(mla.query(x_BLD, window.by), attend), layer
 
 
-def _dense(model: Transformer, params: Params, state: None, x_BLD: Array) -> Array:
+def _dense(
+    model: Transformer, params: Params, state: None, x_BLD: Array, window: Window
+) -> Array:
     module = SwiGLU(model.config.dense_dim, model.config, model.rt)
     return module.apply({"params": params}, x_BLD)
 
 
-def _moe(model: Transformer, params: Params, state: Any, x_BLD: Array) -> Array:
-    config, rt = model.config, model.rt
-    if copies := params.get("copies"):
+def _moe(
+    model: Transformer, params: Params, state: Any, x_BLD: Array, window: Window
+) -> Array:
+    rt, valid_BL = model.rt, window.position_BL >= 0
+    if copies := params.get("copies"):  # see `spread.at_places`
         on_copies = functools.partial(eplb.on_copies, experts=rt.experts, copies=copies)
         rt = dataclasses.replace(rt, experts=on_copies)
-    shared = shared_experts(config, rt)
-    if shared is not None:
-        shared = shared.bind({"params": params["shared"]})
-    y_TD, _ = mixture(
-        x_BLD.reshape(-1, config.dim),
-        params,
-        state,
-        shared,
-        config=config,
-        rt=rt,
-        balancer=model.balancer,
-    )
-    return y_TD.reshape(x_BLD.shape)
+    totals = count([valid_BL])
+    context = Context(valid_BL, totals.tokens[0], totals.rows[0])
+    module = MoE(model.config, rt, model.balancer)
+    y_BLD, _ = module.apply({"params": params}, x_BLD, state, context)
+    return y_BLD
 
 
 FEED_FORWARD = {"ffn": _dense, "moe": _moe}
@@ -149,7 +146,7 @@ def _block(
     h_BLD = _norm(model, params["ffn_norm"], x_BLD)
     for name, feed_forward in FEED_FORWARD.items():
         if name in params:
-            x_BLD = x_BLD + feed_forward(model, params[name], state, h_BLD)
+            x_BLD = x_BLD + feed_forward(model, params[name], state, h_BLD, window)
     return model.rt.constrain(x_BLD, "hidden"), layer
 
 
