@@ -123,7 +123,7 @@ def everything(schedule: Schedule, costs: Cost, timing: Timing) -> dict[str, Any
         "bubble": {
             "idle": timing.idle.tolist(),
             "largest": largest,
-            "share": largest / timing.makespan,
+            "share": timing.share,
             "formula": formula.bubble,
             "expected": expected.bubble,
             "unmet": cost.unmet(schedule, costs),

@@ -16,7 +16,7 @@ from deepseek_jax.checkpoint.folders import FOLDER
 from deepseek_jax.checkpoint.manager import Checkpoints
 from deepseek_jax.config import Config, flatten, to_dict
 from deepseek_jax.parallel import processes
-from deepseek_jax.train import hooks, start, writers
+from deepseek_jax.train import hooks, layout, start, writers
 from deepseek_jax.train.metrics import Recorder
 from deepseek_jax.train.start import Callback, Run
 from deepseek_jax.train.state import TrainState
@@ -56,6 +56,8 @@ def run(
     if processes.first(lambda: start.is_finished(config, workdir)):
         progress.say(f"nothing to do: {workdir} has all {config.train.steps} steps")
         return writers.read(workdir / writers.METRICS)
+    for line in layout.lines(config):
+        progress.say(line)
     keep = {"keep_last": config.train.keep_last, "keep_best": config.train.keep_best}
     opened = start.open_run(config, workdir)
     processes.first(lambda: start.check(opened, workdir))

@@ -37,6 +37,11 @@ class Timing(NamedTuple):
     idle: Floats  # [R] of the makespan
     lockstep: float  # makespan if each tick takes as long as its longest op
 
+    @property
+    def share(self) -> float:
+        """Of the makespan, that the rank which idles most idles."""
+        return float(self.idle.max()) / self.makespan
+
 
 class Block(NamedTuple):
     """Of a picture: an action of a rank, from when to when."""
