@@ -19,9 +19,9 @@ complement to the bias that does the work.
 from collections.abc import Iterator
 from typing import Any
 
+from experiments.sweeps import grid
+
 CONFIG = "experiments/configs/tiny.py"
-SEEDS = (0, 1, 2)
-STEPS = 300
 
 SETTINGS: dict[str, dict[str, float]] = {
     "none": {},
@@ -39,12 +39,6 @@ SETTINGS: dict[str, dict[str, float]] = {
     "v3": {"balance.speed": 1e-2, "balance.alpha": 1e-4},
 }
 PAPER = ("none", "loss_free", "aux_batch", "aux_seq", "v3")
-SMOKE = {
-    "train.steps": 6,
-    "train.routing_every": 2,
-    "train.eval_every": 3,
-    "train.checkpoint_every": 6,
-}
 
 
 def sweep(arg: str | None = None) -> Iterator[dict[str, Any]]:
@@ -56,16 +50,10 @@ def sweep(arg: str | None = None) -> Iterator[dict[str, Any]]:
     }
     if arg not in chosen:
         raise ValueError(f"balancing.py:{arg}: only :paper and :smoke are known here")
-    smoke = arg == "smoke"
-    for seed in SEEDS[:2] if smoke else SEEDS:
-        for strategy in chosen[arg]:
-            yield {
-                "name": f"{strategy}-s{seed}",
-                "balance.strategy": strategy,
-                **SETTINGS[strategy],
-                "seed": seed,
-                **(SMOKE if smoke else {"train.steps": STEPS}),
-            }
+    settings = {
+        name: {"balance.strategy": name, **SETTINGS[name]} for name in chosen[arg]
+    }
+    return grid.runs(settings, smoke=arg == "smoke")
 
 
 def metrics() -> tuple[str, ...]:

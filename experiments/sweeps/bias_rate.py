@@ -13,22 +13,17 @@ Cost: 24 runs of 300 steps, about 90 minutes on 2 cores.
 from collections.abc import Iterator
 from typing import Any
 
+from experiments.sweeps import grid
+
 CONFIG = "experiments/configs/tiny.py"
 SPEEDS = (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-SEEDS = (0, 1, 2)
+SETTINGS: dict[str, dict[str, Any]] = {f"u{u:g}": {"balance.speed": u} for u in SPEEDS}
 
 
-def sweep() -> Iterator[dict[str, Any]]:
-    """The runs."""
-    for seed in SEEDS:
-        for speed in SPEEDS:
-            yield {
-                "name": f"u{speed:g}-s{seed}",
-                "balance.strategy": "loss_free",
-                "balance.speed": speed,
-                "seed": seed,
-                "train.steps": 300,
-            }
+def sweep(arg: str | None = None) -> Iterator[dict[str, Any]]:
+    """The runs; `arg` "smoke" takes two seeds and six steps."""
+    smoke = grid.is_smoke("bias_rate.py", arg)
+    return grid.runs(SETTINGS, smoke, balance__strategy="loss_free")
 
 
 def metrics() -> tuple[str, ...]:
