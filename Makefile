@@ -11,7 +11,7 @@ PYTEST := $(PY) -m pytest -q -n 2 --dist loadfile
 $(shell $(PY) -c '' 2>/dev/null || rm -f $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-aot parity lint bench bench-decode notebooks lab clean
+.PHONY: help setup demo test test-all test-aot test-slurm parity lint bench bench-decode notebooks lab clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1	\2/p' Makefile | expand -t 14
@@ -34,7 +34,11 @@ test-all: lint  ## the slow tests too
 test-aot:  ## compile for H100s that are not here, in .venv-aot: overlap and memory
 	PYTHON='$(PYTHON)' VENV=.venv-aot EXTRAS=test,aot sh tools/setup.sh
 	JAX_PLATFORMS=cpu REQUIRE_AOT=1 .venv-aot/bin/python -m pytest -q \
-	    tests/parallel/test_aot.py $(ARGS)
+	    tests/parallel/test_aot.py tests/parallel/pipeline/test_aot.py $(ARGS)
+
+test-slurm: setup  ## sweeps on a Slurm of this machine alone; installs it (Debian, root)
+	REQUIRE_SLURM=1 sh tests/slurm/cluster.sh \
+	    $(PY) -m pytest -q -rP tests/slurm $(ARGS)
 
 parity: setup  ## compare with transformers, live: fresh models, our exports loaded there
 	$(PY) -m tests.parity.live $(ARGS)

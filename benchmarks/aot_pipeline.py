@@ -3,12 +3,15 @@
     python -m benchmarks.aot_pipeline --schedules dualpipe 1f1b --json aot_pipeline.json
 
 A small model of DeepSeek-V3's kind (arXiv:2412.19437, section 2), a dense layer, one
-MoE layer a rank and an MTP module, in bf16, on four ranks of two cards that share
-experts. Of the program's steady body, the loop of most ticks: every exchange of tokens
-and every send to another rank, with the matrix products that are launched between its
-start and its done, of its own direction and of the other. A loop over experts' blocks,
-whose turns the routing decides, counts as one turn. Nothing runs: the order shows what
-may overlap, not how long it takes. Needs what `benchmarks.aot_h100` needs; minutes
+MoE layer a rank and an MTP module, in bf16, on four ranks of 16 cards, two hosts, that
+share experts, so that tokens go over the network as in section 3.2.2. Of the program's
+steady body, the loop of most ticks: every exchange of tokens and every send to another
+rank, with the matrix products that are launched between its start and its done, of its
+own direction and of the other; and copies of what the loop carries, larger than what a
+rank sends. A loop over experts' blocks, whose turns the routing decides, counts as one
+turn. Nothing runs: the order shows what may overlap, not how long it takes. XLA starts
+an exchange only as early as its model of the link says: inside one host, half of them
+just before their results are needed. Needs what `benchmarks.aot_h100` needs; minutes
 each.
 """
 
@@ -32,13 +35,13 @@ from deepseek_jax.config import (
 )
 from deepseek_jax.files import write_text
 
-RANKS, CARDS = 4, 2  # of a pipeline; that share a rank's experts
+RANKS, CARDS = 4, 16  # of a pipeline; that share a rank's experts
 WAYS = ("forward", "backward")
 SENDS = ("send_x", "send_g")
 
 
 class Exchange(NamedTuple):
-    """An exchange of the steady body, and the products under it."""
+    """An exchange of the steady body, and how many products are under it."""
 
     what: str  # "forward dispatch", "send_x", ..
     kind: str
@@ -107,16 +110,49 @@ def exchanges(found: list[hlo.Collective]) -> list[Exchange]:
     return rows
 
 
-def show(schedule: str, memory: dict[str, float], rows: list[Exchange]) -> None:
+class Found(NamedTuple):
+    """What one schedule's program shows."""
+
+    seconds: float  # to compile
+    gib: dict[str, float]  # of a card's memory
+    steady: list[Exchange]
+    copies: list[hlo.Copy]  # of rings and sums
+
+
+def measure(made: Config) -> Found:
+    """Compiles a config's step and reads its steady body.
+
+    Raises:
+      NotImplementedError: nothing here compiles for an H100.
+      ValueError: the settings do not fit.
+    """
+    text, memory, seconds = aot_h100.compile_for(made)
+    body = steady(hlo.collectives(text, loops=True))
+    rows = exchanges(body)
+    sent = max((row.megabytes for row in rows if row.what in SENDS), default=0) * 1e6
+    inside = {each.computation for each in body}
+    copies = [
+        copy
+        for copy in hlo.carried_copies(text)
+        if copy.computation in inside and copy.bytes > sent
+    ]
+    return Found(seconds, memory, rows, copies)
+
+
+def show(schedule: str, found: Found) -> None:
     """Prints one schedule's part of the report."""
-    share = memory["total"] / aot_h100.DEVICE_GIB
-    print(f"{schedule}: {memory['total']:.1f} GiB a card, {share:.0%} of it\n")
+    total, rows = found.gib["total"], found.steady
+    print(
+        f"{schedule}: {total:.1f} GiB a card, {total / aot_h100.DEVICE_GIB:.0%} of it"
+    )
+    print(f"compiled in {found.seconds:.0f} s\n")
     print(f"{'':18} {'':20} {'MB':>6} {'own':>5} {'other':>6}  products under it")
     for row in rows:
         mb = f"{row.megabytes:.1f}"
         print(f"{row.what:18} {row.kind:20} {mb:>6} {row.own:5} {row.other:6}")
     hidden = sum(row.other > 0 for row in rows)
-    print(f"\n{hidden} of {len(rows)} under the other direction\n", flush=True)
+    print(f"\n{hidden} of {len(rows)} under the other direction")
+    print(f"{len(found.copies)} copies of rings or sums\n", flush=True)
 
 
 def arguments() -> argparse.Namespace:
@@ -138,14 +174,13 @@ def main() -> None:
     try:
         for schedule in args.schedules:
             made = config(schedule, args.microbatches, args.length)
-            text, memory, seconds = aot_h100.compile_for(made)
-            rows = exchanges(steady(hlo.collectives(text, loops=True)))
-            show(schedule, memory, rows)
+            found = measure(made)
+            show(schedule, found)
             report[schedule] = {
                 "config": configs.to_dict(made),
-                "seconds": seconds,
-                "gib": memory,
-                "steady": [row._asdict() for row in rows],
+                **found._asdict(),
+                "steady": [row._asdict() for row in found.steady],
+                "copies": [copy._asdict() for copy in found.copies],
             }
     except (NotImplementedError, ValueError) as error:
         sys.exit(f"error: {error}")

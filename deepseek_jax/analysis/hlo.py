@@ -32,6 +32,7 @@ COLLECTIVES = {
     "ragged-all-to-all",
     "reduce-scatter",
 }
+COPIES = {"copy", "copy-start"}
 POINT_TO_POINT = {"send", "recv"}  # always asynchronous, without a "-start"
 
 
@@ -70,6 +71,14 @@ class Collective(NamedTuple):
         return tuple(m for m in self.under if in_scope(m.op_name, scope))
 
 
+class Copy(NamedTuple):
+    """A copy, in the body of a loop, of an array such as the loop carries."""
+
+    computation: str
+    name: str
+    bytes: int
+
+
 def in_scope(op_name: str, scope: str) -> bool:
     """Whether a path of scopes holds one, also as "jvp(scope)" or "scope.method"."""
     method = r"(\.[A-Za-z_]\w*)?"
@@ -90,6 +99,15 @@ def collectives(text: str, loops: bool = False) -> list[Collective]:
         collective in a form that is not known.
     """
     return list(_Program(text, loops).collectives())
+
+
+def carried_copies(text: str) -> list[Copy]:
+    """Copies, in the bodies of loops, of arrays of a type and shape that these carry.
+
+    Raises:
+      ValueError: the text is no scheduled program.
+    """
+    return list(_Program(text, False).copies())
 
 
 def table(found: Iterable[Collective], scope: str = "shared") -> str:
@@ -176,6 +194,16 @@ class _Program:
             if name in self.launches and name not in wrapped:
                 for i in range(len(ops)):
                     yield from self._collective(name, i)
+
+    def copies(self) -> Iterator[Copy]:
+        """See `carried_copies`."""
+        loops = [op for ops in self.ops.values() for op in ops if op.opcode == "while"]
+        for name in dict.fromkeys(name for op in loops for name in op.calls):
+            ops = self.ops[name]
+            carried = {a for op in ops if op.opcode == "parameter" for a in op.arrays}
+            for op in ops:
+                if op.opcode in COPIES and carried.intersection(op.arrays):
+                    yield Copy(name, op.name, nbytes(op.arrays[0]))
 
     def _collective(self, computation: str, i: int) -> Iterator[Collective]:
         """The collective that operation i of a computation starts or is, if any."""

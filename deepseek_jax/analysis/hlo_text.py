@@ -62,6 +62,11 @@ class Op(NamedTuple):
         return int(found[1]) if found else None
 
     @property
+    def arrays(self) -> list[str]:
+        """The types of all arrays that it gives, as f32[128,64]."""
+        return [found[0] for found in ARRAY.finditer(self.type)]
+
+    @property
     def is_product(self) -> bool:
         """Whether it is itself a matrix product, ours or a library's."""
         library = self.opcode.startswith("custom-call")

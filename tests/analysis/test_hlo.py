@@ -168,6 +168,19 @@ def test_a_loop_hides_with_what_its_known_turns_multiply():
     assert only(program(START, unknown, DONE, before=NESTED + loop)).exposed
 
 
+def test_copies_in_a_loop_of_what_it_carries():
+    lines = (
+        "  %same = bf16[8,4,6]{0,1,2} copy(%x)",
+        "  %other = bf16[8,4,5]{2,1,0} copy(%z)",
+        "  %begun = (bf16[4,6]{1,0}, bf16[4,6]{1,0}, u32[]) copy-start(%y)",
+        "  %sum = bf16[8,4,6]{2,1,0} add(%x, %x)",
+    )
+    loop = LOOP.replace("BODY", "\n".join(lines))
+    text = program(WHILE, "  %out = bf16[8,4,6]{2,1,0} copy(%x)", before=NESTED + loop)
+    expected = [hlo.Copy("body", "same", 384), hlo.Copy("body", "begun", 48)]
+    assert hlo.carried_copies(text) == expected
+
+
 @pytest.mark.parametrize("branch, hidden", [("called", True), ("nothing", False)])
 def test_a_conditional_hides_with_its_least_branch(branch: str, hidden: bool):
     conditional = (
