@@ -80,14 +80,7 @@ def spec(place: Place | Split, shape: Shape, mesh: Mesh, name: str) -> Partition
         than dimensions.
     """
     if isinstance(place, Split):
-        size = math.prod(mesh.shape[axis] for axis in place.axes)
-        matrix = range(max(len(shape) - 2, 0), len(shape))  # not a stack's layers
-        fitting = [n for n in matrix if shape[n] % size == 0]
-        best = max(fitting, key=lambda n: (shape[n], n), default=None)
-        axes: list[Axes] = [None] * len(shape)
-        if best is not None:
-            axes[best] = place.axes
-        return PartitionSpec(*axes)
+        place = _chosen(place, shape, mesh)
     if len(place.axes) > len(shape):
         raise ValueError(
             f"mesh rule for {name}: {len(place.axes)} places, {len(shape)} dimensions"
@@ -103,6 +96,15 @@ def spec(place: Place | Split, shape: Shape, mesh: Mesh, name: str) -> Partition
                 f"{size} devices of {' x '.join(_tuple(over))}"
             )
     return PartitionSpec(*axes)
+
+
+def _chosen(split: Split, shape: Shape, mesh: Mesh) -> Place:
+    """The place that a split comes to for this shape."""
+    size = math.prod(mesh.shape[axis] for axis in split.axes)
+    fitting = [n for n in (-2, -1) if len(shape) >= -n and shape[n] % size == 0]
+    best = max(fitting, key=lambda n: (shape[n], n), default=None)
+    matrix = [split.axes if n == best else None for n in (-2, -1)]
+    return Place((split.before, *matrix)[-len(shape) :])
 
 
 def _tuple(axes: Axes) -> tuple[str, ...]:

@@ -4,9 +4,10 @@ Names are paths in a `TrainState` such as params/moe/attn/q_b/kernel. A place gi
 mesh axes of the last dimensions, so that one rule serves a layer and a stack of them;
 `Split` leaves the choice of the dimension to the array's shape.
 
-`fsdp` shards everything (ZeRO-3) and experts over their axes; `zero1` shards only what
-AdamW keeps, over all devices, as DeepSeek-V3 does (arXiv:2412.19437, section 3.1); `ep`
-shards nothing but experts; `replicated` nothing at all. `decode` is for the weights of
+`fsdp` shards everything (ZeRO-3), also over the ranks of a pipeline, and experts over
+their axes; `zero1` shards only what AdamW keeps, over all devices, as DeepSeek-V3 does
+(arXiv:2412.19437, section 3.1); `ep` shards nothing but experts; `replicated` nothing
+at all. `decode` is for the weights of
 `decode.spread`, whose names are such as 0/moe/gate, and no choice of a run.
 """
 
@@ -24,9 +25,10 @@ class Place(NamedTuple):
 
 
 class Split(NamedTuple):
-    """The larger of a matrix's dimensions that `axes` divide; if none, all whole."""
+    """The larger of a matrix's dimensions that `axes` divide; if none, both whole."""
 
     axes: tuple[str, ...]
+    before: Axes = None  # of the dimension before the matrix
 
 
 class Rule(NamedTuple):
@@ -37,15 +39,16 @@ class Rule(NamedTuple):
 
 
 WHOLE = Place(())
+SHARES = ("pipe", "fsdp")
 EXPERT = r"/moe/(gate|up|down)$"
 MOMENTS = r"^opt_state/.*/(mu|nu)/"
 FEW = Rule(r"(^step|^key|/count)$|^balance\b|/(scale|router)$", WHOLE)
 
 PRESETS: dict[str, tuple[Rule, ...]] = {
     "fsdp": (
-        Rule(EXPERT, Place((EXPERTS, "fsdp", None))),
+        Rule(EXPERT, Split(SHARES, EXPERTS)),
         FEW,
-        Rule(r"/(kernel|embed|head)$", Split(("fsdp",))),
+        Rule(r"/(kernel|embed|head)$", Split(SHARES)),
     ),
     "zero1": (
         Rule(MOMENTS + ".*" + EXPERT, Place((EXPERTS, ("pipe", "data", "fsdp"), None))),

@@ -47,8 +47,8 @@ def test_every_built_in_rule_decides_something():
 EXPERT, EMBED = "params/moe/moe/gate", "params/embed"
 MOMENT = "opt_state/1/0/mu/moe/attn/q_b/kernel"
 WHERE = {
-    ("fsdp", EXPERT): P(None, ("node", "expert"), "fsdp", None),
-    ("fsdp", MOMENT): P(None, None, ("fsdp",)),
+    ("fsdp", EXPERT): P(None, ("node", "expert"), None, ("pipe", "fsdp")),
+    ("fsdp", MOMENT): P(None, None, ("pipe", "fsdp")),
     ("fsdp", "balance/0"): P(),
     ("zero1", EXPERT): P(None, ("node", "expert"), None, None),
     ("zero1", MOMENT): P(None, ("pipe", "data", "fsdp", "node", "expert"), None),
