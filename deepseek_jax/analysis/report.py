@@ -6,6 +6,7 @@ side by side.
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
@@ -17,11 +18,13 @@ from deepseek_jax.analysis.comparisons import COMPARISONS, overview
 from deepseek_jax.analysis.details import CELLS, DETAILS
 from deepseek_jax.analysis.runs import DONE, FAILED, Run, Study
 from deepseek_jax.analysis.seeds import MEASURES, differ, summarize
+from deepseek_jax.analysis.selection import differing
 from deepseek_jax.analysis.tables import (
     HEADINGS,
     LOWER_IS_BETTER,
     Table,
     best,
+    markdown,
     table,
     text_of,
     verdict,
@@ -34,11 +37,12 @@ PAGE_CELLS = 120_000  # numbers in the heatmaps of all runs; as many in the bias
 
 
 def write(study: Study) -> Path:
-    """Writes report.html and figures/*.png into the study's folder; gives the page."""
+    """Writes report.html, summary.md and figures/*.png; gives the page."""
     folder = study.path / "figures"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for stem, chart in pictures(study).items():
         plots.save(chart, folder / f"{stem}.png")
+    write_text(study.path / "summary.md", markdown(study))
     path = study.path / "report.html"
     write_text(path, page(study))
     return path
@@ -243,7 +247,8 @@ def _result(study: Study) -> str:
         "seeds. Specialisation: how far the choice of experts depends on the domain, 0 "
         "being not at all.</p>"
         f"{_table(['setting', 'seeds', *HEADINGS.values()], lines)}"
-        f'<p class="verdict">{escape(verdict(study))}</p>{_all_runs(study)}</section>'
+        f'<p class="verdict">{escape(verdict(study))}</p>'
+        f"{_differences(study)}{_all_runs(study)}</section>"
     )
 
 
@@ -259,6 +264,22 @@ def _cell(name: str, label: str, rows: Table, winner: str | None) -> str:
     return f"≈ {text}" if near else text
 
 
+def _differences(study: Study) -> str:
+    """What the settings' configs differ in."""
+    found = differing(study)
+    if not found:
+        return ""
+    lines = [
+        [f"<code>{escape(k)}</code>", *map(escape, v.values())]
+        for k, v in found.items()
+    ]
+    head = ["field", *map(escape, study.labels)]
+    return (
+        f"<details><summary>What the configs differ in ({len(found)} fields)</summary>"
+        f"{_table(head, lines)}</details>"
+    )
+
+
 def _all_runs(study: Study) -> str:
     names = ("name", "seed", "steps", *MEASURES, "status")
     lines = []
@@ -268,8 +289,10 @@ def _all_runs(study: Study) -> str:
         error = (
             f'<br><span class="failed">{escape(run.error)}</span>' if run.error else ""
         )
-        cells = [_plain(row[name]) for name in names]
-        lines.append([*cells, f"<code>{escape(options)}</code>{error}"])
+        link = escape(os.path.relpath(run.path / "config.json", study.path))
+        cells = [_plain(row[name]) for name in names[1:]]
+        named = f'<a href="{link}">{escape(run.name)}</a>'
+        lines.append([named, *cells, f"<code>{escape(options)}</code>{error}"])
     opened = " open" if any(run.status == FAILED for run in study.runs) else ""
     return (
         f'<details class="runs"{opened}><summary>All runs ({len(study.runs)})</summary>'

@@ -268,22 +268,22 @@ def with_labels(runs: Sequence[Run]) -> list[Run]:
     That is the strategy alone where each strategy has one setting; else the strategy
     and the overrides that vary within it, or these alone if there is one strategy.
     """
-    settings = [
-        {
-            k: v
-            for k, v in run.overrides.items()
-            if k not in ("seed", "balance.strategy")
-        }
-        for run in runs
-    ]
+    seen: dict[tuple[str | None, str], set[str]] = {}  # values by strategy and key
+    keys = dict.fromkeys(key for run in runs for key in run.overrides)
+    for run in runs:
+        for key in keys:
+            value = repr(run.overrides.get(key))
+            seen.setdefault((run.strategy, key), set()).add(value)
+    strategies = {run.strategy for run in runs}
     labelled = []
-    for run, mine in zip(runs, settings, strict=True):
-        peers = [
-            s for r, s in zip(runs, settings, strict=True) if r.strategy == run.strategy
+    for run in runs:
+        parts = [
+            f"{key.split('.')[-1]}={_short(value)}"
+            for key, value in run.overrides.items()
+            if key not in ("seed", "balance.strategy")
+            and len(seen[run.strategy, key]) > 1
         ]
-        varying = [k for k in mine if any(p.get(k) != mine[k] for p in peers)]
-        parts = [f"{k.split('.')[-1]}={_short(mine[k])}" for k in varying]
-        if not parts or len({r.strategy for r in runs}) > 1:
+        if not parts or len(strategies) > 1:
             parts.insert(0, run.strategy or run.name)
         labelled.append(replace(run, label=" ".join(parts)))
     return labelled

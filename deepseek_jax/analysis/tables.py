@@ -84,17 +84,32 @@ def verdict(study: Study) -> str:
     )
 
 
-def text_table(study: Study) -> str:
-    """The table for a terminal: mean ± std over seeds of each setting."""
+def _cells(study: Study) -> list[list[str]]:
+    """The table as text, its heading first: mean ± std over seeds of each setting."""
     lines = [["setting", "n", *HEADINGS.values()]]
     for label, row in table(study).items():
         n = row["eval_ce"].n if row["eval_ce"] else 0
         lines.append([label, str(n), *(text_of(name, row[name]) for name in HEADINGS)])
+    return lines
+
+
+def text_table(study: Study) -> str:
+    """The table for a terminal."""
+    lines = _cells(study)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
         for line in lines
     )
+
+
+def markdown(study: Study) -> str:
+    """The table and what it shows, as Markdown."""
+    head, *rows = _cells(study)
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
+    command = f"`{study.command}`\n\n" if study.command else ""
+    return f"# {study.title}\n\n{command}{lines}\n\n{verdict(study)}\n"
 
 
 def text_of(name: str, value: Spread | None) -> str:

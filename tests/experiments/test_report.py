@@ -75,3 +75,35 @@ def test_a_folder_with_neither(tmp_path):
     with pytest.raises(ValueError, match="neither a sweep nor a run"):
         report.main([f"--workdir={tmp_path}"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_several_folders_and_some_of_their_runs(tmp_path):
+    for name in ("a", "b"):
+        synthetic.write_sweep(tmp_path / name, ("none", "v3"), seeds=1, steps=8)
+    before = (tmp_path / "a" / "summary.json").read_bytes()
+    folders = [str(tmp_path / name) for name in ("a", "b")]
+    out = tmp_path / "out"
+    only = ("--only", "balance.strategy=v3")
+    report.main(["--workdir", *folders, f"--out={out}", *only])
+    rows = json.loads((out / "summary.json").read_text())
+    assert [row["name"] for row in rows] == ["a/v3-s0", "b/v3-s0"]
+    assert (tmp_path / "a" / "summary.json").read_bytes() == before
+    assert not (tmp_path / "a" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a", "b"], "--out: several folders"),
+        (["a", "--only", "seed=0"], "--out: several folders, or --only"),
+        (["a", "--out", "b"], "--out .*b: holds a sweep"),
+        (["a", "--out", "c", "--only", "seed"], "--only seed: must be KEY=VALUE"),
+    ],
+)
+def test_what_would_go_over_a_report_is_refused(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        synthetic.write_sweep(tmp_path / name, ("v3",), seeds=1, steps=8)
+    with pytest.raises(ValueError, match=message):
+        report.main(["--workdir", *words])
+    assert not (tmp_path / "c").exists()
