@@ -1,4 +1,4 @@
-"""A figure as plain data, a `Chart`, which `plots` draws in plotly or matplotlib.
+"""A figure as plain data, a `Chart`, drawn by `plots` for files, `interactive` else.
 
 A chart has panels of lines or of one heatmap, and a caption that says what to look at.
 `comparisons` and `details` make them; the parts that they share are here.
@@ -40,6 +40,11 @@ LOAD_COLOURS = (
     (4.0, "#d9593d"),
     (8.0, "#7d0f25"),
 )
+LOAD_SCALE = [(value / LOAD_TOP, colour) for value, colour in LOAD_COLOURS]
+LOAD_TICKS = (0, 1, 2, 4, 8)
+BAND_ALPHA = 0.15
+PANEL_HEIGHT = 270  # pixels of the page
+ROW_HEIGHT, NAMED_ROW_HEIGHT = 8, 17  # of a heatmap
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,21 @@ class Chart:
     panels: tuple[Panel, ...]
     columns: int = 2
     legend: bool = True
+
+
+def bar_labels(values: np.ndarray) -> list[str]:
+    """What stands at a bar's end."""
+    return [f"{value:,.4g}" for value in values]
+
+
+def height_of(chart: Chart) -> int:
+    """Pixels of a row of panels: a chart of heatmaps alone grows with its rows."""
+    heats = [panel.heat for panel in chart.panels]
+    if None in heats:
+        return PANEL_HEIGHT
+    rows = max(len(heat.rows) for heat in heats)
+    named = max(len(heat.ticks) for heat in heats) > rows / 2
+    return int(np.clip((NAMED_ROW_HEIGHT if named else ROW_HEIGHT) * rows, 220, 720))
 
 
 def colours(study: Study) -> dict[str, str]:

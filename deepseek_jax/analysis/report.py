@@ -16,6 +16,7 @@ from deepseek_jax.analysis import plots
 from deepseek_jax.analysis.charts import Chart, colours
 from deepseek_jax.analysis.comparisons import COMPARISONS, overview
 from deepseek_jax.analysis.details import CELLS, DETAILS
+from deepseek_jax.analysis.interactive import figure, packed, plotly_js
 from deepseek_jax.analysis.runs import DONE, FAILED, Run, Study
 from deepseek_jax.analysis.seeds import MEASURES, differ, summarize
 from deepseek_jax.analysis.selection import differing
@@ -86,13 +87,13 @@ def page(study: Study) -> str:
                 ),
             ]
         ),
-        "plotly": plots.plotly_js(),
+        "plotly": plotly_js(),
         "data": _json(
             {
-                "comparisons": {chart.name: _figure(chart) for chart in comparisons},
+                "comparisons": {chart.name: figure(chart) for chart in comparisons},
                 "details": [kind for kind in DETAILS if kind in kinds],
                 "runs": {
-                    name: {kind: _figure(chart) for kind, chart in found.items()}
+                    name: {kind: figure(chart) for kind, chart in found.items()}
                     for name, found in by_run.items()
                 },
                 "shown": shown,
@@ -121,15 +122,10 @@ def _first_seeds(study: Study, most: int) -> list[Run]:
     return [run for run in study.runs if run in kept]
 
 
-def _figure(chart: Chart) -> dict[str, Any]:
-    figure = json.loads(plots.interactive(chart).to_json())
-    figure["layout"].pop("template", None)  # the page has its own, light and dark
-    return figure
-
-
 def _json(value: Any) -> str:
     """JSON that may stand inside a script element."""
-    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+    text = json.dumps(value, separators=(",", ":"), default=packed)
+    return text.replace("<", "\\u003c")
 
 
 def _shown(study: Study, by_run: Mapping[str, Mapping[str, Chart]]) -> list[str]:

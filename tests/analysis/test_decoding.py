@@ -1,13 +1,15 @@
 """The charts of decoding show the numbers that they are given, in both renderings."""
 
 import numpy as np
+import plotly.graph_objects as go
 
-from deepseek_jax.analysis import decoding, plots
+from deepseek_jax.analysis import decoding, interactive, plots
 
 
 def shown(chart):
     """Numbers by label in plotly, and the heights that matplotlib drew."""
-    page, picture = plots.interactive(chart), plots.static(chart)
+    page = go.Figure(interactive.figure(chart))
+    picture = plots.static(chart)
     traces = [t for t in page.data if t.hoverinfo != "skip"]
     lines = [line.get_ydata() for axis in picture.axes for line in axis.lines]
     bars = [p.get_height() for axis in picture.axes for p in axis.patches]

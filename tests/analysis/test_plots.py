@@ -5,10 +5,18 @@ from dataclasses import replace
 
 import matplotlib.image
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 from matplotlib.collections import QuadMesh
 
-from deepseek_jax.analysis import charts, comparisons, details, plots, runs
+from deepseek_jax.analysis import (
+    charts,
+    comparisons,
+    details,
+    interactive,
+    plots,
+    runs,
+)
 from deepseek_jax.config import STRATEGIES
 from tests.analysis import synthetic
 
@@ -64,7 +72,8 @@ def test_both_renderings_show_the_charts_numbers(study, rates):
     for chart in every_chart(study, rates):
         lines = [line for panel in chart.panels for line in panel.lines]
         heats = [panel.heat for panel in chart.panels if panel.heat]
-        page, picture = plots.interactive(chart), plots.static(chart)
+        page = go.Figure(interactive.figure(chart))  # which checks every field
+        picture = plots.static(chart)
         shown = [t for t in page.data if t.type == "scatter" and t.hoverinfo != "skip"]
         assert len(shown) == len(lines)
         for trace, line in zip(shown, lines, strict=True):
@@ -224,6 +233,6 @@ def test_studies_with_nothing_to_draw(tmp_path):
     ],
 )
 def test_numbers_take_few_bytes_and_keep_their_value(values, dtype):
-    found = plots._compact(values)
+    found = interactive._compact(values)
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, values)

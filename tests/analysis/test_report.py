@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from deepseek_jax.analysis import plots, report, runs
+from deepseek_jax.analysis import interactive, report, runs
 from deepseek_jax.config import STRATEGIES
 from tests.analysis import synthetic
 
@@ -18,8 +18,8 @@ def study(tmp_path_factory):
 
 
 def without_plotly(page: str) -> str:
-    assert page.count(plots.plotly_js()) == 1
-    return page.replace(plots.plotly_js(), "")
+    assert page.count(interactive.plotly_js()) == 1
+    return page.replace(interactive.plotly_js(), "")
 
 
 def data_of(page: str) -> dict:
