@@ -34,7 +34,8 @@ test-all: lint  ## the slow tests too
 test-aot:  ## compile for H100s that are not here, in .venv-aot: overlap and memory
 	PYTHON='$(PYTHON)' VENV=.venv-aot EXTRAS=test,aot sh tools/setup.sh
 	JAX_PLATFORMS=cpu REQUIRE_AOT=1 .venv-aot/bin/python -m pytest -q \
-	    tests/parallel/test_aot.py tests/parallel/pipeline/test_aot.py $(ARGS)
+	    tests/parallel/test_aot.py tests/parallel/pipeline/test_aot.py \
+	    tests/pallas_kernels/test_aot_*.py $(ARGS)
 
 test-slurm: setup  ## sweeps on a Slurm of this machine alone; installs it (Debian, root)
 	REQUIRE_SLURM=1 sh tests/slurm/cluster.sh \

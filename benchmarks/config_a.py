@@ -89,8 +89,10 @@ def timed(function: Callable[..., Any], *args: Any, repeats: int = 1) -> float:
 
 
 def gemm(compute: str) -> Callable[[], float]:
-    """Measures, at each call, FLOP/s of a square product with operands in `compute`."""
-    a = jnp.ones((SQUARE, SQUARE), DTYPES[compute])
+    """Measures, at each call, FLOP/s of a square product with operands in `compute`,
+    which for FP8 is bfloat16.
+    """
+    a = jnp.ones((SQUARE, SQUARE), DTYPES.get(compute, jnp.bfloat16))
     product = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32))
     jax.block_until_ready(product(a))
     return lambda: 2 * SQUARE**3 / timed(product, a, repeats=8)

@@ -77,7 +77,7 @@ def attention_parts(config: Config, rt: Runtime) -> list[Part]:
     flops = config_a.flops(config)
     position = jnp.broadcast_to(jnp.arange(length), (rows, length))
     by = rotation(at.rope, at.rope_dim, position, jnp.float32)
-    bare = MLA(config.model, Runtime(dot=rt.dot, attention=added))
+    bare = MLA(config.model, Runtime(linear=rt.linear, attention=added))
     x = uniform(rows, length, config.model.dim)
     params = bare.init(jax.random.key(0), x, by, None)
     widths = (at.nope_dim, at.rope_dim, at.nope_dim, at.rope_dim, at.value_dim)

@@ -15,6 +15,7 @@ from deepseek_jax.nested import check as _check
 from deepseek_jax.nested import flatten as flatten
 from deepseek_jax.nested import from_dict as from_dict
 from deepseek_jax.nested import to_dict as to_dict
+from deepseek_jax.precision import policy
 
 Changes = tuple[tuple[int, float], ...]  # (step, value) pairs: from that step on
 Placements = tuple[tuple[str, str], ...]  # (pattern of names, axes of the dimensions)
@@ -37,10 +38,11 @@ STRATEGIES = (
 )
 LR_SCHEDULES = ("constant", "cosine", "wsd")
 PACKINGS = ("concat", "best_fit")
-COMPUTES = ("f32", "bf16")
+COMPUTES = tuple(policy.POLICIES)
+MOMENTS = ("f32", "bf16")
 ATTENTION_PATHS = ("plain", "chunked")
 EXPERT_PATHS = ("dense", "blocks")
-REMATS = ("none", "products", "full")
+REMATS = ("policy", "none", "products", "full")
 RULES = ("fsdp", "zero1", "ep", "replicated")
 TRANSPORTS = ("all_to_all", "two_hop", "ragged", "ring")
 SCHEDULES = ("none", "gpipe", "1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev")
@@ -301,6 +303,7 @@ class OptimConfig:
     b2: float = 0.95
     weight_decay: float = 0.1
     clip: float = 1.0
+    moments: str = "f32"  # what AdamW's are kept as; the paper's: bf16
     mtp_weight: float = 0.3  # lambda
     mtp_weight_changes: Changes = ()
 
@@ -313,6 +316,7 @@ class OptimConfig:
             value = getattr(self, name)
             _check(value >= 0, f"optim.{name}", value, "must be >= 0")
         _one_of("optim.schedule", self.schedule, LR_SCHEDULES)
+        _one_of("optim.moments", self.moments, MOMENTS)
         _check(self.warmup >= 0, "optim.warmup", self.warmup, "must be >= 0")
         _check(self.horizon >= 0, "optim.horizon", self.horizon, "must be >= 0")
         _check(0 < self.decay <= 1, "optim.decay", self.decay, "must lie in (0, 1]")
@@ -364,24 +368,26 @@ class TrainConfig:
     checkpoint_every: int = 100
     keep_last: int = 2
     keep_best: int = 1
+    trackers: str = ""  # such as "wandb,mlflow"; see train.trackers
 
     def __post_init__(self) -> None:
-        _positive("train", self, *(f.name for f in dataclasses.fields(self)))
+        _positive("train", self, *(f.name for f in dataclasses.fields(self)[:-1]))
 
 
 @dataclass(frozen=True)
 class RuntimeConfig:
     """Which implementation computes each part; see `runtime.build`."""
 
-    compute: str = "f32"
+    compute: str = "f32"  # see precision.policy
+    fp8: policy.Pieces = field(default_factory=policy.Pieces)
     attention: str = "chunked"
     experts: str = "blocks"
     block: int = 128  # rows of an expert block
-    # What a block keeps for its backward pass: all, its products (fastest), nothing.
-    remat: str = "products"
+    # Kept for a block's backward pass: FP8 caches or products, all, products, nothing.
+    remat: str = "policy"
 
     def __post_init__(self) -> None:
-        _one_of("runtime.compute", self.compute, COMPUTES)
+        policy.pieces(self.compute, self.fp8)
         _one_of("runtime.attention", self.attention, ATTENTION_PATHS)
         _one_of("runtime.experts", self.experts, EXPERT_PATHS)
         _one_of("runtime.remat", self.remat, REMATS)

@@ -8,7 +8,7 @@ by identity, so a lambda made per call would recompile.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
@@ -16,7 +16,11 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import RuntimeConfig
 from deepseek_jax.ops.dispatch import experts_by_size, experts_dense
-from deepseek_jax.precision.dots import dot_bf16, dot_f32, dot_plain
+from deepseek_jax.ops.swiglu import swiglu, swiglu_later
+from deepseek_jax.precision import policy, recipe
+from deepseek_jax.precision.dots import dot_bf16, dot_f32, dot_plain, linear
+from deepseek_jax.precision.fp8_dots import CACHE
+from deepseek_jax.precision.later import Later
 from deepseek_jax.typing import Array
 from pallas_kernels.flash_mla.reference import attention, chunked_attention
 from pallas_kernels.grouped_matmul.reference import grouped_dot, grouped_dot_oracle
@@ -31,6 +35,22 @@ class Dot(Protocol):
     """x_TD @ w_DF, at least f32: [T, F]."""
 
     def __call__(self, x_TD: Array, w_DF: Array, /) -> Array: ...
+
+
+class Linear(Protocol):
+    """x [T, D] @ w_DF of the linear map `name` of the model, at least f32: [T, F]."""
+
+    def __call__(self, x: Array | Later, w_DF: Array, name: str | None, /) -> Array: ...
+
+
+class SwiGLU(Protocol):
+    """silu(gate) * up, times each row's weight if any, or what this runtime's linear
+    maps and experts make that of.
+    """
+
+    def __call__(
+        self, gate: Array, up: Array, weight: Array | None = None, /
+    ) -> Array | Later: ...
 
 
 class GroupedDot(Protocol):
@@ -152,12 +172,15 @@ DENSE = functools.partial(at_home, experts=experts_dense)
 class Runtime:
     """The callables a model is computed with.
 
-    The defaults are plain products and autodiff. `remat` is a `jax.checkpoint` policy,
+    The defaults are plain products and autodiff. `dot` is the head's, `linear` all
+    others' but the experts' and the gate's. `remat` is a `jax.checkpoint` policy,
     or None to keep every residual. `placed` is where what has a row for each of a batch
     lies; None: on one device.
     """
 
     dot: Dot = dot_plain
+    linear: Linear = linear
+    swiglu: SwiGLU = swiglu
     grouped_dot: GroupedDot = grouped_dot_oracle
     attention: Attention = attention
     latent_attention: LatentAttention = latent_attention_oracle
@@ -177,27 +200,65 @@ DOTS = {"f32": dot_f32, "bf16": dot_bf16}
 DTYPES = {"f32": None, "bf16": jnp.bfloat16}
 REMATS = {
     "none": None,
-    "products": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "products": jax.checkpoint_policies.save_only_these_names(PRODUCT, CACHE),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
 def build(config: RuntimeConfig) -> Runtime:
-    """The runtime that `config` names."""
-    dtype = DTYPES[config.compute]
+    """The runtime that `config` names.
+
+    What an FP8 policy leaves alone is computed as `bf16` has it.
+
+    Raises:
+      ValueError: pieces of FP8 without a policy that has any.
+    """
+    pieces = policy.pieces(config.compute, config.fp8)
+    compute = "bf16" if pieces else config.compute
+    dtype = DTYPES[compute]
+    rt = Runtime(
+        dot=DOTS[compute],
+        linear=functools.partial(linear, dot=DOTS[compute]),
+        grouped_dot=functools.partial(grouped_dot, compute_dtype=dtype),
+        latent_attention=latent_attention,
+    )
     attentions: dict[str, Attention] = {
         "plain": attention,
         "chunked": functools.partial(chunked_attention, compute_dtype=dtype),
     }
+    own_remat = REMATS["products"]
+    if pieces:
+        rt = in_fp8(rt, pieces)
+        attentions = {
+            "plain": functools.partial(
+                recipe.rounded_attention, attention=attention, form=pieces.out
+            ),
+            "chunked": functools.partial(
+                chunked_attention,
+                compute_dtype=dtype,
+                keep=functools.partial(recipe.kept_output, form=pieces.out),
+            ),
+        }
+        own_remat = recipe.REMAT
     experts: dict[str, Callable[..., Array]] = {
         "dense": experts_dense,
         "blocks": functools.partial(experts_by_size, block=config.block),
     }
-    return Runtime(
-        dot=DOTS[config.compute],
-        grouped_dot=functools.partial(grouped_dot, compute_dtype=dtype),
+    chosen = functools.partial(experts[config.experts], swiglu=rt.swiglu)
+    return replace(
+        rt,
         attention=attentions[config.attention],
-        latent_attention=latent_attention,
-        experts=functools.partial(at_home, experts=experts[config.experts]),
-        remat=REMATS[config.remat],
+        experts=functools.partial(at_home, experts=chosen),
+        remat={"policy": own_remat, **REMATS}[config.remat],
+    )
+
+
+def in_fp8(rt: Runtime, pieces: policy.Pieces) -> Runtime:
+    """The same with linear maps and experts as the pieces of a policy have them."""
+    recipe_of = functools.partial(recipe.recipe, pieces)
+    return replace(
+        rt,
+        linear=functools.partial(recipe.linear, recipe_of=recipe_of),
+        grouped_dot=functools.partial(recipe.grouped, recipe_of=recipe_of),
+        swiglu=swiglu_later if pieces.swiglu == "yes" else swiglu,
     )

@@ -1,44 +1,116 @@
 """Runs every configuration of a sweep, skips what is done, and writes a report.
 
   python -m experiments.sweep --sweep=experiments/sweeps/balancing.py --workdir=runs/b
+  python -m experiments.sweep status|cancel|retry runs/b
 
 --workdir gets a folder for each run, summary.json and summary.csv (after every change),
 report.html and figures/. The same command goes on after a stop; it also takes new runs
 that the sweep file has meanwhile. Ctrl-C lets the runs save, and exits with 130; a run
 that failed does not stop the others, and makes the exit code 1.
+
+`status` says where each run stands, with its last error or the time it still needs;
+`cancel` lets what runs save and end; `retry` starts again what is not done, and with
+--failed only what has failed.
+
+--launcher=slurm makes a batch script in --workdir, an array with a task for each run,
+and submits it. Runs save before their time is over, or when another job takes their
+place, and go on by themselves. With --dry-run the script is written and not submitted;
+it is there to be read and edited, and sbatch alone starts it.
 """
 
+import argparse
 import shlex
 import sys
 from pathlib import Path
 
-from deepseek_jax.analysis import report, runs, tables
-from deepseek_jax.train import hooks
 from experiments import common
-from experiments.launch import local, plan
+from experiments.launch import control, local, plan, slurm, watch
+
+MODULE = "experiments.sweep"
+LOCAL, SLURM = "local", "slurm"
+# Of --launcher=slurm: the field of script.Resources, its type, what it means.
+OPTIONS = {
+    "--gpus-per-run": ("gpus", int, "over all its nodes, a process each; 0: CPUs"),
+    "--nodes-per-run": ("nodes", int, "over which its processes are spread"),
+    "--processes-per-run": ("processes", int, "of a run on CPUs"),
+    "--cpus-per-process": ("cpus", int, "else what Slurm gives"),
+    "--time": ("time", str, "h:mm:ss after which a run goes back in the queue"),
+    "--save-seconds": ("save_s", int, "before that, when a run is told to save"),
+    "--partition": ("partition", str, "else Slurm's default"),
+    "--array-parallelism": ("parallel", int, "runs at a time"),
+}
+
+
+def parser() -> common.Parser:
+    """The command line without a verb."""
+    made = common.arguments(MODULE, __doc__)
+    made.add_argument("--sweep", required=True, metavar="FILE.py[:ARG]")
+    made.add_argument("--workdir", required=True, type=Path)
+    made.add_argument("--config", help="the base config instead of the sweep's own")
+    made.add_argument("--launcher", choices=[LOCAL, SLURM], default=LOCAL)
+    made.add_argument("--workers", type=int, default=1, help="runs at a time, here")
+    group = made.add_argument_group("with --launcher=slurm")
+    for flag, (field, kind, text) in OPTIONS.items():
+        group.add_argument(
+            flag, dest=field, type=kind, help=text, default=argparse.SUPPRESS
+        )
+    group.add_argument(
+        "--sbatch",
+        dest="options",
+        action="append",
+        metavar="OPTION",
+        help="one more for sbatch, as --sbatch=account=lab; may be repeated",
+        default=argparse.SUPPRESS,
+    )
+    group.add_argument("--dry-run", action="store_true", help="write the script only")
+    return made
+
+
+def resources(options: argparse.Namespace) -> slurm.Resources | None:
+    """What a run gets on Slurm, None for this machine.
+
+    Raises:
+      ValueError: an option is of the other launcher, or impossible.
+    """
+    fields = [field for field, *_ in OPTIONS.values()] + ["options"]
+    given = {name: getattr(options, name) for name in fields if name in options}
+    if options.launcher == SLURM:
+        if options.workers != 1:
+            raise ValueError("--workers is for --launcher=local: --array-parallelism")
+        if "options" in given:
+            given["options"] = tuple(given["options"])
+        return slurm.Resources(**given)
+    if given or options.dry_run:
+        raise ValueError("--gpus-per-run and its like need --launcher=slurm")
+    return None
 
 
 def main(arguments: list[str]) -> int:
-    parser = common.arguments("experiments.sweep", __doc__)
-    parser.add_argument("--sweep", required=True, metavar="FILE.py[:ARG]")
-    parser.add_argument("--workdir", required=True, type=Path)
-    parser.add_argument("--config", help="the base config instead of the sweep's own")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
-    options = parser.parse_args(arguments)
+    if arguments[:1] and arguments[0] in control.VERBS:
+        return control.main(*arguments)
+    options = parser().parse_args(arguments)
     if options.workers < 1:
         raise ValueError(f"--workers={options.workers}: must be 1 or more")
-    command = shlex.join(["python", "-m", "experiments.sweep", *arguments])
+    wanted, workdir = resources(options), options.workdir
+    command = shlex.join(["python", "-m", MODULE, *arguments])
     planned = plan.load(options.sweep, options.config, command)
+    plan.check_folders(planned, workdir)
+    if wanted is None:
+        slurm.check_idle(workdir)
+        plan.open_corpora(planned)
+        with watch.running(workdir):
+            plan.save(planned, workdir)
+            code = local.run(planned, workdir, options.workers)
+            return control.report_of(workdir, code)
+    text = slurm.check(planned, workdir, wanted, dry=options.dry_run)
     plan.open_corpora(planned)
-    with hooks.exclusive(options.workdir):
-        plan.save(planned, options.workdir)
-        code = local.run(planned, options.workdir, options.workers)
-        if code == common.INTERRUPTED:
-            return code
-        study = runs.read(options.workdir)
-        page = report.write(study)
-    print(f"\n{tables.text_table(study)}\n\n{tables.verdict(study)}\n\nReport: {page}")
-    return code
+    with watch.lock(workdir, patience_s=5.0):
+        plan.save(planned, workdir)
+        path = slurm.write(text, workdir)
+    if options.dry_run:
+        print(f"{len(planned.items)} runs, to be submitted with: sbatch {path}")
+        return 0
+    return control.submit(workdir)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,14 @@ CORE = ".typing .config .nested .files"
 MAY_IMPORT = {
     "pallas_kernels": "jax",
     ".typing": "jax",
-    ".config": ".nested",
+    ".config": ".nested .precision.policy",
     ".nested": "",
     ".files": "",
     ".presets": ".config",
     ".schedule": f"{CORE} jax",
     ".ops": f"{CORE} .schedule .precision pallas_kernels.*.reference jax numpy",
     ".precision": f"{CORE} pallas_kernels.*.reference jax numpy",
+    ".precision.policy": ".nested",
     ".runtime": f"{CORE} .ops .precision pallas_kernels jax",
     ".model": f"{CORE} .ops .runtime jax flax",
     ".parallel": f"{CORE} .ops .precision .model .runtime"

@@ -86,6 +86,7 @@ REFUSED = [
     ("runtime.compute", "fp32", "did you mean 'f32'?", {}),
     ("runtime.attention", "plan", "did you mean 'plain'?", {}),
     ("runtime.experts", "block", "did you mean 'blocks'?", {}),
+    ("optim.moments", "fp16", "did you mean 'bf16'?", {}),
     ("runtime.remat", "ful", "did you mean 'full'?", {}),
     ("runtime.block", 0, "must be positive", {}),
     *(
@@ -150,6 +151,8 @@ def fields(cls: type, at: str = "") -> dict[str, object]:
 
 def context(name: str) -> dict:
     """What a field needs to have another value."""
+    if name.startswith("runtime.fp8."):
+        return {"runtime.compute": "fp8_v3"}
     return PIPED if name == "mesh.pipe" or name.startswith("pipeline.") else {}
 
 
@@ -169,6 +172,7 @@ def other(name: str, default: object) -> object:
         "data.packing": "best_fit",
         "data.val_fraction": 0.02,
         "optim.schedule": "cosine",
+        "optim.moments": "bf16",
         "optim.b1": 0.5,
         "optim.b2": 0.5,
         "optim.decay": 0.5,
@@ -176,6 +180,18 @@ def other(name: str, default: object) -> object:
         "balance.strategy": "quantile",
         "train.accumulation": 2,
         "runtime.compute": "bf16",
+        "runtime.fp8.forward": "e5m2",
+        "runtime.fp8.gradients": "e5m2",
+        "runtime.fp8.rows": 128,
+        "runtime.fp8.powers": "yes",
+        "runtime.fp8.bits": 14,
+        "runtime.fp8.promote": 128,
+        "runtime.fp8.exact": "no",
+        "runtime.fp8.products": "fprop,wgrad",
+        "runtime.fp8.maps": "q_a,experts",
+        "runtime.fp8.kept": "bf16",
+        "runtime.fp8.swiglu": "no",
+        "runtime.fp8.out": "e4m3",
         "runtime.attention": "plain",
         "runtime.experts": "dense",
         "runtime.remat": "full",

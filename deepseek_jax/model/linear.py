@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.ops.norm import rms_norm
+from deepseek_jax.ops.swiglu import Later
 from deepseek_jax.runtime import Runtime
 from deepseek_jax.typing import Array, at_least_f32
 
@@ -19,17 +20,18 @@ def initializer(config: ModelConfig) -> nn.initializers.Initializer:
 
 
 class Linear(nn.Module):
-    """x [..., D] -> [..., features] through `Runtime.dot`, on two dimensions."""
+    """x [..., D] -> [..., features] through `Runtime.linear`, on two dimensions."""
 
     features: int
     config: ModelConfig
     rt: Runtime
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array | Later) -> Array:
         shape = (x.shape[-1], self.features)
         kernel_DF = self.param("kernel", initializer(self.config), shape)
-        y_TF = self.rt.dot(x.reshape(-1, x.shape[-1]), kernel_DF)
+        flat = jax.tree.map(lambda part: part.reshape(-1, part.shape[-1]), x)
+        y_TF = self.rt.linear(flat, kernel_DF, self.name)
         return y_TF.reshape(*x.shape[:-1], self.features)
 
 
@@ -58,11 +60,11 @@ class SwiGLU(nn.Module):
         self.up = Linear(self.hidden, self.config, self.rt)
         self.down = Linear(self.config.dim, self.config, self.rt)
 
-    def inner(self, x_BLD: Array) -> Array:
+    def inner(self, x_BLD: Array) -> Array | Later:
         """The first half: what `down` multiplies."""
-        return jax.nn.silu(at_least_f32(self.gate(x_BLD))) * self.up(x_BLD)
+        return self.rt.swiglu(self.gate(x_BLD), self.up(x_BLD))
 
-    def outer(self, hidden: Array) -> Array:
+    def outer(self, hidden: Array | Later) -> Array:
         """The second half."""
         return self.down(hidden)
 

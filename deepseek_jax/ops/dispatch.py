@@ -19,9 +19,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.ops.swiglu import swiglu
+from deepseek_jax.precision.later import Later
 from deepseek_jax.typing import Array, at_least_f32
 
-GroupedDot = Callable[[Array, Array, Array, Array], Array]
+GroupedDot = Callable[..., Array]
+Activation = Callable[..., Array | Later]
 
 FEW_SLOTS = 64  # where reading an expert's weights again costs what sorting costs
 
@@ -139,6 +142,7 @@ def experts_blocks(
     most: int | None = None,
     block: int = 128,
     joined: bool = True,
+    swiglu: Activation = swiglu,
 ) -> Array:
     """sum_k weights_TK[:, k] * SwiGLU of expert experts_TK[:, k]: [T, D], dropless.
 
@@ -148,6 +152,7 @@ def experts_blocks(
       most: the number of slots that go somewhere, at most; None: all may.
       block: rows a block; larger ones waste more padding and loop less often.
       joined: gate and up in one product, for which all experts' are copied together.
+      swiglu: the Runtime's.
     """
     placed = layout(experts_TK, len(gate_EDF), block, most)
     x_nbD = take_rows(x_TD, placed)
@@ -161,7 +166,7 @@ def experts_blocks(
     else:
         gate_nbF, up_nbF = to_hidden(gate_EDF), to_hidden(up_EDF)
     weight_nb = _row_weights(weights_TK, placed)
-    hidden_nbF = jax.nn.silu(gate_nbF) * up_nbF * weight_nb[..., None]
+    hidden_nbF = swiglu(gate_nbF, up_nbF, weight_nb)
     y_nbD = grouped_dot(hidden_nbF, down_EFD, placed.expert_n, placed.used)
     return sum_rows(y_nbD, placed)
 
@@ -195,13 +200,14 @@ def experts_few(
     *,
     grouped_dot: GroupedDot,
     most: int | None = None,
+    swiglu: Activation = swiglu,
 ) -> Array:
     """What `experts_blocks` computes, one row at a time."""
     expert_M, used = experts_TK.reshape(-1), jnp.asarray(experts_TK.size)
     x_M1D = jnp.repeat(x_TD, experts_TK.shape[1], axis=0)[:, None]
     gate_M1F = at_least_f32(grouped_dot(x_M1D, gate_EDF, expert_M, used))
     up_M1F = at_least_f32(grouped_dot(x_M1D, up_EDF, expert_M, used))
-    hidden_M1F = jax.nn.silu(gate_M1F) * up_M1F * weights_TK.reshape(-1, 1, 1)
+    hidden_M1F = swiglu(gate_M1F, up_M1F, weights_TK.reshape(-1, 1))
     y_M1D = grouped_dot(hidden_M1F, down_EFD, expert_M, used)
     return y_M1D.reshape(*experts_TK.shape, -1).sum(1)
 
@@ -217,6 +223,7 @@ def experts_by_size(
     grouped_dot: GroupedDot,
     most: int | None = None,
     block: int = 128,
+    swiglu: Activation = swiglu,
 ) -> Array:
     """`experts_few` up to FEW_SLOTS slots, `experts_blocks` beyond.
 
@@ -240,6 +247,7 @@ def experts_by_size(
         down_EFD,
         grouped_dot=grouped_dot,
         most=most,
+        swiglu=swiglu,
     )
 
 
@@ -253,6 +261,7 @@ def experts_dense(
     *,
     grouped_dot: GroupedDot,
     most: int | None = None,
+    swiglu: Activation = swiglu,
 ) -> Array:
     """The oracle: every expert on every token, as E blocks of T rows."""
     num_experts = len(gate_EDF)
@@ -261,8 +270,7 @@ def experts_dense(
     x_ETD = jnp.broadcast_to(x_TD, (num_experts, *x_TD.shape))
     gate_ETF = at_least_f32(grouped_dot(x_ETD, gate_EDF, everyone_n, used))
     up_ETF = at_least_f32(grouped_dot(x_ETD, up_EDF, everyone_n, used))
-    hidden_ETF = jax.nn.silu(gate_ETF) * up_ETF
-    y_ETD = grouped_dot(hidden_ETF, down_EFD, everyone_n, used)
+    y_ETD = grouped_dot(swiglu(gate_ETF, up_ETF), down_EFD, everyone_n, used)
     hit_TKE = experts_TK[..., None] == everyone_n
     weight_TE = jnp.where(hit_TKE, weights_TK[..., None], 0).sum(1)
     highest = jax.lax.Precision.HIGHEST

@@ -139,6 +139,30 @@ MODELS: dict[str, Accumulator] = {
 }
 
 
+def by_tiles(
+    x_TK: Array, w_KN: Array, scales: Scales | None = None, tile: int = TILE[1]
+) -> Array:
+    """What `MODELS["f32"]` computes but for rounding, far faster on a CPU.
+
+    A product for each tile along K, on the fast path, times its scales.
+    """
+    if scales is None:
+        return MODELS["f32"](x_TK, w_KN)
+    _check(scales, x_TK, w_KN, tile)
+    dtype = jnp.promote_types(_exact_in(x_TK), _exact_in(w_KN))
+    x_TK, w_KN = x_TK.astype(dtype), w_KN.astype(dtype)
+
+    def add(j: Array, total_TN: Array) -> Array:
+        x_Tk = lax.dynamic_slice_in_dim(x_TK, j * tile, tile, 1)
+        w_kN = lax.dynamic_slice_in_dim(w_KN, j * tile, tile, 0)
+        scale_T = lax.dynamic_index_in_dim(scales.x_TJ, j, 1, keepdims=False)
+        return total_TN + product(x_Tk, w_kN) * (scale_T[:, None] * scales.w_JN[j])
+
+    x_TK, w_KN = _padded(x_TK, 1, tile), _padded(w_KN, 0, tile)
+    zeros_TN = jnp.zeros((len(x_TK), w_KN.shape[1]), jnp.float32)
+    return lax.fori_loop(0, len(scales.w_JN), add, zeros_TN, unroll=UNROLL)
+
+
 def _check(scales: Scales, x_TK: Array, w_KN: Array, tile: int) -> None:
     tiles = -(-len(w_KN) // tile)
     wanted = (len(x_TK), tiles), (tiles, w_KN.shape[1])

@@ -6,9 +6,12 @@ weight gradient) to bfloat16 and sums in float32: the mixed precision that secti
 of arXiv:2412.19437 compares FP8 with; master weights and elementwise work stay float32.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax.precision.later import Later, now
 from deepseek_jax.typing import Array
 from pallas_kernels.matmul.reference import dot
 
@@ -29,3 +32,14 @@ def dot_f32(x_TD: Array, w_DF: Array) -> Array:
 def dot_bf16(x_TD: Array, w_DF: Array) -> Array:
     """x @ w with operands rounded to bfloat16, summed in float32: [T, F]."""
     return dot(x_TD, w_DF, jnp.bfloat16)
+
+
+def linear(
+    x: Array | Later,
+    w_DF: Array,
+    name: str | None = None,
+    *,
+    dot: Callable[[Array, Array], Array] = dot_plain,
+) -> Array:
+    """A linear map of the model by `dot`, whatever its name."""
+    return dot(now(x), w_DF)

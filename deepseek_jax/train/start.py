@@ -20,7 +20,7 @@ from deepseek_jax.data import pipeline
 from deepseek_jax.data.cache import default_cache
 from deepseek_jax.data.sources import open_corpus
 from deepseek_jax.parallel import processes
-from deepseek_jax.train import hooks, pipelined, writers
+from deepseek_jax.train import hooks, pipelined, trackers, writers
 from deepseek_jax.train.evaluate import evaluate, make_evaluate_batch
 from deepseek_jax.train.metrics import Recorder
 from deepseek_jax.train.state import Parts, TrainState, assemble, init_state
@@ -89,8 +89,10 @@ def open_run(config: Config, workdir: Path) -> Run:
     """Assembles the model and opens the corpus and the tokenizer.
 
     Raises:
-      ValueError: a setting does not fit the devices, or the data.
+      ValueError: a setting does not fit the devices, or the data, or names a tracker
+        that is not here.
     """
+    trackers.names(config.train.trackers)
     if config.pipeline.schedule != "none":
         pipelined.plan(config)
     parts = processes.together(lambda: assemble(config))
@@ -197,6 +199,7 @@ def record_after(
     if processes.is_first():
         sinks.append(writers.JsonlWriter(path))
         sinks.append(writers.TensorBoardWriter(workdir / TENSORBOARD, step + 1))
+        sinks.extend(trackers.build(run.parts.config, workdir))
     return Recorder(run.parts.config, sinks, progress, callback, elapsed_s)
 
 

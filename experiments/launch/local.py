@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,12 +136,21 @@ class Job:
 
 
 def run(
-    plan: Plan, workdir: Path, workers: int = 1, command: Command = train_command
+    plan: Plan,
+    workdir: Path,
+    workers: int = 1,
+    command: Command = train_command,
+    only: Collection[str] | None = None,
 ) -> int:
-    """Runs what is not done yet; the exit code: 0, 1 if a run failed, 130 on Ctrl-C."""
+    """Runs what is not done yet; the exit code: 0, 1 if a run failed, 130 on Ctrl-C.
+
+    Args:
+      workers: runs at a time.
+      only: the runs to look at, None for all.
+    """
     state = State(plan, workdir)
     progress = Progress(state)
-    waiting = state.named(PENDING)
+    waiting = [n for n in state.named(PENDING) if only is None or n in only]
     if finished := state.named(DONE):
         progress.say(f"{len(finished)} of {len(plan.items)} runs are done already")
     free = shares(max(1, min(workers, len(waiting))))

@@ -18,8 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from deepseek_jax.analysis import runs
+from deepseek_jax.checkpoint import metadata
 from deepseek_jax.checkpoint.metadata import SWEEP as FILE
-from deepseek_jax.config import Config, flatten, signature, to_dict
+from deepseek_jax.config import Config, flatten, from_dict, signature, to_dict
 from deepseek_jax.data.sources import open_corpus
 from deepseek_jax.files import write_text
 from deepseek_jax.ops import balancing
@@ -159,7 +161,7 @@ def save(plan: Plan, workdir: Path) -> None:
     records = [item.record() for item in plan.items]
     if path.exists():
         here = {record["name"]: record for record in records}
-        for there in json.loads(path.read_text())["runs"]:
+        for there in stored(workdir)["runs"]:
             _check_same(workdir, there, here.get(there["name"]))
     elif workdir.exists() and (workdir / "metrics.jsonl").exists():
         raise ValueError(f"workdir {workdir} holds a single run, not a sweep")
@@ -173,6 +175,63 @@ def save(plan: Plan, workdir: Path) -> None:
         "runs": records,
     }
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read(workdir: Path) -> Plan:
+    """The plan that `save` wrote.
+
+    Raises:
+      ValueError: the folder holds no sweep, or a damaged one.
+    """
+    saved = stored(workdir)
+    items = tuple(
+        Item(
+            record["name"],
+            {key: _tuples(value) for key, value in record["overrides"].items()},
+            from_dict(Config, record["config"]),
+        )
+        for record in saved["runs"]
+    )
+    texts = (saved[name] for name in ("title", "about", "command", "base"))
+    return Plan(*texts, tuple(saved["metrics"]), items)
+
+
+def stored(workdir: Path) -> dict[str, Any]:
+    """What sweep.json holds.
+
+    Raises:
+      ValueError: it is not there, or damaged.
+    """
+    path = workdir / FILE
+    try:
+        saved: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"workdir {workdir} holds no sweep: no {FILE}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); move it away") from None
+    return saved
+
+
+def _tuples(value: Any) -> Any:
+    """A value as it was before JSON made lists of its tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def check_folders(plan: Plan, workdir: Path) -> None:
+    """Looks at what is in the runs' folders already, and changes nothing.
+
+    Raises:
+      ValueError: a folder is a file, or holds another run or a damaged one.
+    """
+    for item in plan.items:
+        folder = workdir / item.name
+        try:
+            if saved := metadata.read(folder):
+                config = metadata.resolve_horizon(item.config, saved)
+                metadata.check_same(saved, {"config": to_dict(config)}, folder)
+            runs.read_records(folder / "metrics.jsonl")
+        except (ValueError, NotADirectoryError) as error:
+            raise ValueError(f"run {item.name}: {error}") from None
 
 
 def open_corpora(plan: Plan) -> None:

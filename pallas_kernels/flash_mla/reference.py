@@ -11,6 +11,7 @@ heads (1 or G), N unrotated, R rotated, X = N + R, O value width.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.matmul.reference import PRODUCT, product, transposed
 
 Array = jax.Array
+Keep = Callable[[Array, Array], tuple[Array, Array]]
 
 
 def attention(
@@ -72,6 +74,11 @@ def _joined(
     )
 
 
+def _keep_all(out: Array, lse: Array) -> tuple[Array, Array]:
+    kept: tuple[Array, Array] = checkpoint_name((out, lse), PRODUCT)
+    return kept
+
+
 def chunked_attention(
     q_nope_BLHN: Array,
     q_rope_BLHR: Array,
@@ -83,6 +90,7 @@ def chunked_attention(
     scale: float,
     chunk: int = 128,
     compute_dtype: Any = None,
+    keep: Keep | None = None,
 ) -> Array:
     """What `attention` computes, tile by tile, with its own backward pass.
 
@@ -93,6 +101,8 @@ def chunked_attention(
         program.
       compute_dtype: what operands of the matmuls, and the five gradients, are rounded
         to; None keeps them, at least float32.
+      keep: output [P, R, O] and log-sum-exp [P, R, 1] to what is returned of the one,
+        and kept of both for the backward pass, named for `jax.checkpoint`.
 
     Returns:
       [B, L, H, O], at least float32.
@@ -110,7 +120,8 @@ def chunked_attention(
         _head_major(v_BSGO),
     )
     segment_PL = None if segment_BL is None else jnp.repeat(segment_BL, groups, axis=0)
-    o_PRO = _tiled(tiles, Operands(q_PRX, k_PSX, v_PSO, segment_PL))
+    operands = Operands(q_PRX, k_PSX, v_PSO, segment_PL)
+    o_PRO = _tiled(tiles, keep or _keep_all, operands)
     o_BGLrO = o_PRO.reshape(batch, groups, length, heads // groups, -1)
     return o_BGLrO.swapaxes(1, 2).reshape(batch, length, heads, -1)
 
@@ -255,18 +266,22 @@ def _map_pieces(function: Any, pieces: int, operands: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), done)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tiled(tiles: Tiles, x: Operands) -> Array:
-    return _tiled_forward(tiles, x)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _tiled(tiles: Tiles, keep: Keep, x: Operands) -> Array:
+    return _tiled_forward(tiles, keep, x)[0]
 
 
-def _tiled_forward(tiles: Tiles, x: Operands) -> tuple[Array, tuple[Any, ...]]:
+def _tiled_forward(
+    tiles: Tiles, keep: Keep, x: Operands
+) -> tuple[Array, tuple[Any, ...]]:
     piece = functools.partial(_forward_piece, tiles)
-    out, lse = checkpoint_name(_map_pieces(piece, tiles.pieces, x), PRODUCT)
+    out, lse = keep(*_map_pieces(piece, tiles.pieces, x))
     return out, (x, out, lse)
 
 
-def _tiled_backward(tiles: Tiles, saved: tuple[Any, ...], g: Array) -> tuple[Operands]:
+def _tiled_backward(
+    tiles: Tiles, keep: Keep, saved: tuple[Any, ...], g: Array
+) -> tuple[Operands]:
     x, out, lse = saved
     delta = (out * g).sum(-1, keepdims=True)
     piece = functools.partial(_backward_piece, tiles)

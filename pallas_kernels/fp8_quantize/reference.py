@@ -167,6 +167,24 @@ def quantize(
     return encode(x, scale, block, form), scale
 
 
+def quantize_turned(
+    x: Array,
+    turned: bool,
+    block: Block,
+    power_of_two: bool = False,
+    least: float = MIN_AMAX,
+) -> tuple[Array, Array]:
+    """`quantize` to E4M3 of x [..., M, N], or `turned` of its transpose."""
+    x = x.swapaxes(-1, -2) if turned else x
+    scale = scales(x, block, power_of_two, least)
+    return encode(x, scale, block), scale
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+    """silu(gate) * up, in float32."""
+    return jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+
+
 def dequantize(
     codes: Array, scale: Array, block: Block, dtype: jnp.dtype = jnp.float32
 ) -> Array:

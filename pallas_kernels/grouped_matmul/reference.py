@@ -7,7 +7,8 @@ but XLA expands it on a CPU to a dense product with every expert.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,6 @@ def grouped_dot_oracle(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def grouped_dot(
     x_nbD: Array, w_EDF: Array, expert_n: Array, used: Array, compute_dtype: Any = None
 ) -> Array:
@@ -59,11 +59,37 @@ def grouped_dot(
     Returns:
       [n, b, F], at least float32 whatever the operands are.
     """
-    operands = rounded(x_nbD, compute_dtype), rounded(w_EDF, compute_dtype)
-    return _blocks(*operands, expert_n, used)
+    return differentiable(x_nbD, w_EDF, expert_n, used, compute_dtype, PRODUCTS)
 
 
-def _unrolled(used: Array, blocks: int, body: Any, start: Any) -> Any:
+class Products(NamedTuple):
+    """The three products of `grouped_dot`, however they are computed.
+
+    Attributes:
+      blocks: (x_nbD, w_EDF, expert_n, used, contract, dtype) -> each used block times
+        its expert's matrix, summed over that one's axis `contract`, in `dtype`.
+      weight_gradient: (x_nbD, g_nbF, expert_n, used, experts, dtype) -> the sum of
+        x^T g over each expert's used blocks.
+    """
+
+    blocks: Callable[..., Array]
+    weight_gradient: Callable[..., Array]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def differentiable(
+    x_nbD: Array,
+    w_EDF: Array,
+    expert_n: Array,
+    used: Array,
+    compute_dtype: Any,
+    products: Products,
+) -> Array:
+    """`grouped_dot` by any products; reverse mode only."""
+    return _forward(x_nbD, w_EDF, expert_n, used, compute_dtype, products)[0]
+
+
+def unrolled(used: Array, blocks: int, body: Any, start: Any) -> Any:
     """Folds `body(trip, carry)` over the used blocks, several in each trip.
 
     Products of one trip do not depend on each other, so XLA runs them on several cores.
@@ -79,10 +105,15 @@ def _unrolled(used: Array, blocks: int, body: Any, start: Any) -> Any:
     return lax.fori_loop(0, -(-used // unroll), trip, start)
 
 
-def _blocks(
-    x_nbD: Array, w_EDF: Array, expert_n: Array, used: Array, contract: int = -2
+def blocks(
+    x_nbD: Array,
+    w_EDF: Array,
+    expert_n: Array,
+    used: Array,
+    contract: int,
+    dtype: Any,
 ) -> Array:
-    """Each block times its expert's matrix, summed over that one's axis `contract`."""
+    """See `Products`."""
 
     def body(trip: list[tuple[Array, Array]], out_nbF: Array) -> Array:
         products = [product(x_nbD[i], w_EDF[expert_n[i]], contract) for i, _ in trip]
@@ -92,13 +123,18 @@ def _blocks(
 
     width = w_EDF.shape[-2 if contract == -1 else -1]
     out_nbF = jnp.zeros((*x_nbD.shape[:2], width), wide(x_nbD))
-    return _unrolled(used, len(x_nbD), body, out_nbF)
+    return unrolled(used, len(x_nbD), body, out_nbF).astype(dtype)
 
 
-def _weight_gradient(
-    x_nbD: Array, g_nbF: Array, expert_n: Array, used: Array, start_EDF: Array
+def weight_gradient(
+    x_nbD: Array,
+    g_nbF: Array,
+    expert_n: Array,
+    used: Array,
+    experts: int,
+    dtype: Any,
 ) -> Array:
-    """Adds x^T g of every used block to its expert's matrix."""
+    """See `Products`."""
 
     def body(trip: list[tuple[Array, Array]], dw_EDF: Array) -> Array:
         live = [transposed(jnp.where(first, x_nbD[i], 0)) for i, first in trip]
@@ -107,28 +143,38 @@ def _weight_gradient(
             dw_EDF = dw_EDF.at[expert_n[i]].add(dw_DF)
         return dw_EDF
 
-    return _unrolled(used, len(x_nbD), body, start_EDF)
+    start_EDF = jnp.zeros((experts, x_nbD.shape[-1], g_nbF.shape[-1]), wide(x_nbD))
+    return unrolled(used, len(x_nbD), body, start_EDF).astype(dtype)
+
+
+PRODUCTS = Products(blocks, weight_gradient)
 
 
 def _forward(
-    x_nbD: Array, w_EDF: Array, expert_n: Array, used: Array, compute_dtype: Any
+    x_nbD: Array,
+    w_EDF: Array,
+    expert_n: Array,
+    used: Array,
+    compute_dtype: Any,
+    products: Products,
 ) -> tuple[Array, tuple[Array, ...]]:
-    operands = rounded(x_nbD, compute_dtype), rounded(w_EDF, compute_dtype)
+    saved = rounded(x_nbD, compute_dtype), rounded(w_EDF, compute_dtype), expert_n, used
+    y_nbF = checkpoint_name(products.blocks(*saved, -2, wide(saved[0])), PRODUCT)
     # Empty arrays carry the types that the gradients must have.
     types = jnp.zeros((0,), x_nbD.dtype), jnp.zeros((0,), w_EDF.dtype)
-    y_nbF = checkpoint_name(_blocks(*operands, expert_n, used), PRODUCT)
-    return y_nbF, (*operands, expert_n, used, *types)
+    return y_nbF, (*saved, *types)
 
 
 def _backward(
-    compute_dtype: Any, saved: tuple[Array, ...], g_nbF: Array
+    compute_dtype: Any, products: Products, saved: tuple[Array, ...], g_nbF: Array
 ) -> tuple[Array | None, ...]:
     x_nbD, w_EDF, expert_n, used, x_type, w_type = saved
     g_nbF = g_nbF.astype(x_nbD.dtype)
-    dx_nbD = _blocks(g_nbF, w_EDF, expert_n, used, contract=-1)
-    start_EDF = jnp.zeros(w_EDF.shape, wide(x_nbD))
-    dw_EDF = _weight_gradient(x_nbD, g_nbF, expert_n, used, start_EDF)
-    return dx_nbD.astype(x_type.dtype), dw_EDF.astype(w_type.dtype), None, None
+    dx_nbD = products.blocks(g_nbF, w_EDF, expert_n, used, -1, x_type.dtype)
+    dw_EDF = products.weight_gradient(
+        x_nbD, g_nbF, expert_n, used, len(w_EDF), w_type.dtype
+    )
+    return dx_nbD, dw_EDF, None, None
 
 
-grouped_dot.defvjp(_forward, _backward)
+differentiable.defvjp(_forward, _backward)

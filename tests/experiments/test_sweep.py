@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from deepseek_jax.config import STRATEGIES, Config, to_dict
+from deepseek_jax.model.count import count_parameters
 from experiments import common
 from experiments.launch import local, plan
 from tests.train.corpus import write_corpus
@@ -203,8 +204,15 @@ def test_the_command_line_says_what_was_checked(key, value, write, monkeypatch):
     [
         ("demo.py", 4),
         ("balancing.py", 33),
+        ("balancing.py:paper", 15),
         ("balancing.py:smoke", 4),
         ("bias_rate.py", 24),
+        ("experts.py", 21),
+        ("mla_rank.py", 21),
+        ("mla_rank.py:smoke", 14),
+        ("mtp_depth.py", 24),
+        ("node_limit.py", 15),
+        ("schedules.py", 7),
     ],
 )
 def test_the_sweeps_of_this_repository(file, count):
@@ -214,6 +222,17 @@ def test_the_sweeps_of_this_repository(file, count):
     path, _, _ = f"experiments/sweeps/{file}".partition(":")
     command = f"  python -m experiments.sweep --sweep={path} --workdir=runs/"
     assert command in Path(path).read_text()
+
+
+def test_experts_are_cut_and_shared_at_equal_parameters():
+    """But for routers, which have a column and a bias for each expert."""
+    items = plan.load("experiments/sweeps/experts.py").items[:7]
+    sizes = []
+    for model in (item.config.model for item in items):
+        routers = model.moe.num_experts * (model.dim + 1) * model.num_moe
+        counts = count_parameters(model)
+        sizes.append((counts.total - routers, counts.active - routers))
+    assert len({*sizes[:3]}) == len({*sizes[3:]}) == 1
 
 
 def test_the_balancing_sweep_has_every_strategy_and_seed():

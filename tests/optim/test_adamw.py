@@ -1,8 +1,12 @@
 """AdamW against NumPy, and which parameters decay."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from deepseek_jax.config import OptimConfig
@@ -87,3 +91,25 @@ def test_every_parameter_of_the_model_is_named_by_exactly_one_rule():
         used.update(rules)
         assert decayed == (not name.endswith("scale")), name
     assert used == {pattern for pattern, _ in DECAYS}
+
+
+def test_moments_kept_in_bf16_are_updated_in_float32():
+    """As the report keeps them: the step is near float32's, the state half as large."""
+    to_f32 = functools.partial(jax.tree.map, lambda x: x.astype(jnp.float32))
+    params, updates = to_f32(random_tree(0)), {}
+    for moments in ("f32", "bf16"):
+        config = dataclasses.replace(CONFIG, moments=moments)
+        optimizer = adamw(config, optax.constant_schedule(CONFIG.lr))
+        state, seen = optimizer.init(params), []
+        for seed in range(1, 6):
+            update, state = optimizer.update(to_f32(random_tree(seed)), state, params)
+            seen.append(update)
+        updates[moments] = seen
+        dtypes = {x.dtype for x in jax.tree.leaves(state) if x.ndim}
+        assert dtypes == {jnp.dtype({"f32": "float32", "bf16": "bfloat16"}[moments])}
+    assert {x.dtype for x in jax.tree.leaves(updates["bf16"])} == {jnp.dtype("float32")}
+    pairs = list(zip(*map(jax.tree.leaves, updates.values()), strict=True))
+    for wide, kept in pairs:
+        error = np.linalg.norm(kept - wide) / np.linalg.norm(wide)
+        assert error < 2.0**-7
+    assert any(np.abs(kept - wide).max() > 0 for wide, kept in pairs)

@@ -1,11 +1,17 @@
 """Quantisation by tiles and blocks against a numpy oracle, bit for bit."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.choice import INTERPRET, XLA
+from pallas_kernels.fp8_quantize import api
 from pallas_kernels.fp8_quantize import reference as fp8
+from pallas_kernels.fp8_quantize.shapes import SHAPES as NAMED
+from pallas_kernels.testing import distance, interpreted
 from tests.pallas_kernels.fp8_oracle import quantized
 
 SHAPES = [
@@ -114,3 +120,111 @@ def test_powers_of_two_are_exact_at_and_beside_every_power():
     got = fp8.power_of_two_above(x.astype(np.float32))
     want = np.concatenate([powers, powers * 2, powers])
     np.testing.assert_array_equal(got, want.astype(np.float32))
+
+
+def by_api(shape, power_of_two, x, implementation):
+    return api.quantize(
+        x,
+        shape.block,
+        power_of_two=power_of_two,
+        turned=shape.turned,
+        implementation=implementation,
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("name", NAMED["ci"])
+def test_the_kernel_s_codes_and_scales_are_the_oracle_s(name, dtype):
+    shape = NAMED["ci"][name]
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(2, *shape[:2])) * 10.0 ** rng.integers(-6, 6, (2, shape.M, 1))
+    x[0, :3] = 0
+    x = jnp.asarray(x, dtype)
+    power_of_two = dtype == jnp.float32
+    function = functools.partial(by_api, shape, power_of_two)
+    kernel = interpreted(functools.partial(function, implementation=INTERPRET))
+    wide = np.asarray(x.astype(jnp.float32))
+    wide = wide.swapaxes(1, 2) if shape.turned else wide
+    codes, scales = quantized(wide, shape.block, power_of_two, least=1e-4)
+    for made_codes, made_scales in (kernel(x), function(x, implementation=XLA)):
+        np.testing.assert_array_equal(np.asarray(made_codes).view(np.uint8), codes)
+        np.testing.assert_array_equal(made_scales, scales)
+
+
+@pytest.mark.parametrize("implementation", [XLA, INTERPRET])
+def test_requantised_is_what_was_dequantised_and_turned(implementation):
+    x = np.random.default_rng(5).normal(size=(2, 144, 208)).astype(np.float32)
+    codes, scale = fp8.quantize(x, fp8.TILE)
+    function = functools.partial(
+        api.requantize, power_of_two=True, implementation=implementation
+    )
+    made = interpreted(function)(codes, scale)
+    back = np.asarray(fp8.dequantize(codes, scale, fp8.TILE)).swapaxes(1, 2)
+    want_codes, want_scales = quantized(back, fp8.TILE, True, least=1e-4)
+    np.testing.assert_array_equal(np.asarray(made[0]).view(np.uint8), want_codes)
+    np.testing.assert_array_equal(made[1], want_scales)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_swiglu_is_quantised_as_if_it_had_been_written(turned):
+    keys = jax.random.split(jax.random.key(6))
+    shape = (2, 144, 208)
+    gate, up = (3 * jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
+    made = []
+    for name in (INTERPRET, XLA):
+        call = functools.partial(
+            api.quantize_swiglu, turned=turned, implementation=name
+        )
+        made.append([np.asarray(x, np.float32) for x in interpreted(call)(gate, up)])
+    (codes, scale), (want_codes, want_scale) = made
+    np.testing.assert_allclose(scale, want_scale, rtol=1e-6)
+    # Where exponentials differ in their last bit, a code may be the next one.
+    assert (codes != want_codes).mean() < 1e-3
+    np.testing.assert_allclose(codes, want_codes, rtol=0.13)
+    # And that is SwiGLU, to E4M3's rounding.
+    wide = np.asarray(gate, np.float64)
+    exact = wide / (1 + np.exp(-wide)) * np.asarray(up, np.float64)
+    exact = exact.swapaxes(1, 2) if turned else exact
+    assert distance(fp8.dequantize(codes, scale, fp8.TILE), exact) < 0.04
+
+
+def test_what_is_not_finite_has_a_scale_that_is_not():
+    x = jnp.ones((64, 256)).at[3, 130].set(jnp.nan).at[5, 7].set(jnp.inf)
+    for power_of_two in (False, True):
+        function = functools.partial(by_api, NAMED["ci"]["tiles"], power_of_two)
+        run = interpreted(functools.partial(function, implementation=INTERPRET))
+        finite = np.isfinite(np.asarray(run(x)[1]))
+        want = np.ones((64, 2), bool)
+        want[3, 1] = want[5, 0] = False
+        np.testing.assert_array_equal(finite, want)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "block", "turned", "complaint"),
+    [
+        ((8, 20), jnp.float32, fp8.TILE, False, "N = 20.*multiple of 16"),
+        ((6, 32), jnp.float32, fp8.TILE, False, "M = 6.*multiple of 4"),
+        ((24, 32), jnp.float32, fp8.BLOCK, True, "M = 24.*multiple of 16"),
+        ((32, 4), jnp.bfloat16, fp8.BLOCK, True, "N = 4.*multiple of 8"),
+        ((32, 32), jnp.float32, (1, 8), False, r"block = \(1, 8\)"),
+        ((32, 32), jnp.float16, fp8.TILE, False, "float16.*bfloat16 and float32"),
+    ],
+)
+def test_the_kernel_says_what_it_does_not_do(shape, dtype, block, turned, complaint):
+    call = functools.partial(
+        api.quantize, jnp.zeros(shape, dtype), block, turned=turned
+    )
+    with pytest.raises(NotImplementedError, match=complaint):
+        call(implementation=INTERPRET)
+    want = shape[::-1] if turned else shape
+    assert jax.eval_shape(call)[0].shape == want  # XLA does
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    codes = jnp.zeros((4, 256), jnp.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"scale has shape \(4, 1\): must be \(4, 2\)"):
+        api.requantize(codes, jnp.ones((4, 1)))
+    with pytest.raises(ValueError, match=r"x has shape \(3,\)"):
+        api.quantize(jnp.zeros(3))
+    with pytest.raises(ValueError, match=r"gate and up .*\(4, 8\) and .*\(4, 9\)"):
+        api.quantize_swiglu(jnp.zeros((4, 8)), jnp.zeros((4, 9)))

@@ -1,5 +1,6 @@
 """Block-grouped matmul against gathered weights, whatever lies in unused blocks."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -8,7 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.choice import INTERPRET, XLA
+from pallas_kernels.grouped_matmul import api
 from pallas_kernels.grouped_matmul.reference import grouped_dot, grouped_dot_oracle
+from pallas_kernels.grouped_matmul.shapes import SHAPES, Shape
+from pallas_kernels.testing import Suite
 from tests.agreement import as_dtype, assert_agree, matmul_dtypes, with_gradients
 
 EXPERTS, ROWS, WIDTH, OUT = 5, 3, 7, 9
@@ -114,3 +119,89 @@ def test_all_three_products_have_rounded_operands_and_a_float32_sum():
     dtypes = matmul_dtypes(run, x, w)
     assert set(dtypes) == {("bfloat16", "bfloat16", "float32")}
     assert len(dtypes) >= 3
+
+
+def kernel_inputs(key, shape):
+    """bfloat16 operands, experts in any order, some without blocks; the rest is NaN."""
+    keys = jax.random.split(key, 3)
+    x = jax.random.normal(keys[0], (shape.n, shape.rows, shape.D), jnp.bfloat16)
+    w = jax.random.normal(keys[1], (shape.E, shape.D, shape.F), jnp.bfloat16)
+    expert_n = jax.random.randint(keys[2], (shape.n,), 0, shape.E)
+    unused = jnp.arange(shape.n)[:, None, None] >= shape.used
+    return jnp.where(unused, jnp.nan, x), w, expert_n, jnp.int32(shape.used)
+
+
+def in_float32(x, w, expert_n, used):
+    return grouped_dot_oracle(*as_dtype((x, w), jnp.float32), expert_n, used)
+
+
+SUITE = Suite(
+    operation=api.grouped_dot,
+    oracle=in_float32,
+    inputs=kernel_inputs,
+    shapes=SHAPES["ci"] | {"tall blocks": Shape(2, 2, 64, 128, 1, rows=256)},
+    bound=1e-6,
+    differentiable=(0, 1),
+)
+
+
+@pytest.mark.parametrize("shape", ["ragged", "one block", "tall blocks"])
+def test_the_kernel_is_the_oracle(shape):
+    SUITE.check_values(INTERPRET, shape)
+
+
+@pytest.mark.parametrize("shape", ["ragged", "none used"])
+@pytest.mark.parametrize("implementation", [XLA, INTERPRET])
+def test_its_gradients_are_the_oracle_s(implementation, shape):
+    # Both are rounded to bfloat16, the operands' type, from slightly different numbers.
+    suite = dataclasses.replace(SUITE, bound=1e-3)
+    suite.check_gradients(implementation, shape, seed=1)
+
+
+def test_master_weights_are_rounded_and_their_gradient_is_not():
+    x, w, *routing = kernel_inputs(jax.random.key(0), SHAPES["ci"]["plain"])
+    x, w = x.astype(jnp.float32), w.astype(jnp.float32)
+
+    def gradients(x, w, implementation):
+        def loss(x, w):
+            y = api.grouped_dot(
+                x, w, *routing, jnp.bfloat16, implementation=implementation
+            )
+            return (y**2).sum()
+
+        return jax.grad(loss, (0, 1))(x, w)
+
+    got, want = (
+        jax.jit(gradients, static_argnums=2)(x, w, name) for name in (INTERPRET, XLA)
+    )
+    assert all(x.dtype == jnp.float32 for x in got)
+    assert_agree(got, want, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "complaint"),
+    [
+        (Shape(2, 1, 64, 64, 1, rows=64), jnp.bfloat16, "64 rows.*multiple of 128"),
+        (Shape(2, 1, 60, 64, 1), jnp.bfloat16, "D = 60.*multiple of 8"),
+        (Shape(2, 1, 64, 60, 1), jnp.bfloat16, "F = 60.*multiple of 8"),
+        (Shape(2, 1, 64, 64, 1), jnp.float32, "float32.*bfloat16 alone"),
+    ],
+)
+def test_the_kernel_says_what_it_does_not_do(shape, dtype, complaint):
+    x = jnp.zeros((shape.n, shape.rows, shape.D), dtype)
+    w = jnp.zeros((shape.E, shape.D, shape.F), dtype)
+    call = functools.partial(api.grouped_dot, x, w, jnp.zeros(shape.n, int), shape.used)
+    with pytest.raises(NotImplementedError, match=complaint):
+        call(implementation=INTERPRET)
+    assert jax.eval_shape(call).shape == (shape.n, shape.rows, shape.F)  # XLA does
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    x, w = jnp.zeros((2, 128, 8)), jnp.zeros((3, 8, 16))
+    expert_n = jnp.zeros(2, int)
+    with pytest.raises(ValueError, match=r"\(2, 128, 8\) and \(3, 16, 8\)"):
+        api.grouped_dot(x, w.swapaxes(1, 2), expert_n, 1)
+    with pytest.raises(ValueError, match=r"\(3,\) and \(\): must be \(2,\)"):
+        api.grouped_dot(x, w, jnp.zeros(3, int), 1)
+    with pytest.raises(ValueError, match=r"must be \(2,\) and \(\)"):
+        api.grouped_dot(x, w, expert_n, jnp.ones(2, int))

@@ -28,9 +28,9 @@ class Command:
         self.corpus = write_corpus(folder / "corpus")
         self.whole = {}
 
-    def __call__(self, workdir, count, *mishap):
+    def __call__(self, workdir, count, *mishap, schedule="none"):
         words = (sys.executable, "-m", "tests.parallel.child", self.corpus, workdir)
-        return run([*map(str, (*words, count, *mishap))], count, workdir)
+        return run([*map(str, (*words, count, schedule, *mishap))], count, workdir)
 
     def records(self, count):
         """Of an uninterrupted run of so many processes."""
@@ -100,6 +100,13 @@ def test_two_processes_train_like_one(command):
 @pytest.mark.slow
 def test_four_processes_train_like_one(command):
     assert_close(command.records(4), command.records(1))
+
+
+@pytest.mark.slow
+def test_two_processes_are_ranks_of_a_pipeline(command, tmp_path):
+    assert command(tmp_path, 2, schedule="dualpipe") == 0
+    assert "pipeline dualpipe over 2 ranks" in log(tmp_path, 0)
+    assert_close(records(tmp_path), command.records(1))
 
 
 @pytest.mark.slow

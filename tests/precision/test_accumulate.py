@@ -15,6 +15,7 @@ from deepseek_jax.precision.accumulate import (
     STEP,
     Accumulator,
     Scales,
+    by_tiles,
     truncated,
 )
 
@@ -181,6 +182,19 @@ def test_else_they_multiply_the_numbers(promote, bits):
     np.testing.assert_array_equal(
         multiply(model, x, w, scales, tile), multiply(model, wide, tall)
     )
+
+
+@pytest.mark.parametrize(("width", "tile"), [(150, 64), (700, 32), (96, 128)])
+def test_exact_sums_by_tiles_are_those_of_dequantised_numbers(width, tile):
+    x, w, scales = scaled(37, width, 11, tile)
+    want = np.asarray(multiply(MODELS["f32"], x, w, scales, tile))
+    got = multiply(by_tiles, x, w, scales, tile)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
+    np.testing.assert_array_equal(
+        multiply(by_tiles, x, w), multiply(MODELS["f32"], x, w)
+    )
+    with pytest.raises(ValueError, match="scales have shapes"):
+        by_tiles(x, w, scales, tile // 4)
 
 
 def test_scales_of_another_shape_are_refused():

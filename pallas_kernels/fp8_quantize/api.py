@@ -1,0 +1,152 @@
+"""Quantisation to E4M3 by tiles or blocks, by the fastest implementation there is.
+
+Not differentiable: the custom VJP of a layer that multiplies codes decides what its
+gradients are.
+"""
+
+import jax
+
+from pallas_kernels.choice import INTERPRETED, XLA, Choice, choose
+from pallas_kernels.fp8_quantize import mosaic_gpu, reference
+from pallas_kernels.fp8_quantize.reference import E4M3, MIN_AMAX, TILE, Block
+
+Array = jax.Array
+
+
+def choice(
+    x: Array, block: Block, turned: bool = False, implementation: str | None = None
+) -> Choice:
+    """Which implementation `quantize` takes for such an x, and why no faster one."""
+    return choose(implementation, lambda: mosaic_gpu.check(x, block, turned))
+
+
+def quantize(
+    x: Array,
+    block: Block = TILE,
+    *,
+    power_of_two: bool = False,
+    least: float = MIN_AMAX,
+    turned: bool = False,
+    implementation: str | None = None,
+) -> tuple[Array, Array]:
+    """(codes, scales) of x [..., M, N] as `reference.quantize` has them.
+
+    Args:
+      block: TILE or BLOCK have kernels.
+      power_of_two: scales are rounded up to powers of two.
+      least: what a block's largest magnitude counts as at least.
+      turned: of the matrix transposed, so that M, which tiles of 1 x 128 then lie
+        along, is last: what weight gradients multiply.
+      implementation: see `choice.choose`.
+
+    Returns:
+      E4M3 [..., M, N] and float32 [..., ceil(M/m), ceil(N/n)]; turned: M, N exchanged.
+
+    Raises:
+      ValueError: x is no matrix.
+      NotImplementedError: the implementation demanded does not do it.
+    """
+    _check_matrix("x", x)
+    chosen = choice(x, block, turned, implementation).implementation
+    if chosen == XLA:
+        return reference.quantize_turned(x, turned, block, power_of_two, least)
+    return _kernel(x, None, block, turned, power_of_two, least, chosen)
+
+
+def requantize(
+    codes: Array,
+    scale: Array,
+    *,
+    power_of_two: bool = False,
+    least: float = MIN_AMAX,
+    implementation: str | None = None,
+) -> tuple[Array, Array]:
+    """Codes [..., M, N] with scales of tiles 1 x 128, turned: tiles along M instead.
+
+    What is kept of a layer's input for the backward pass has scales along channels;
+    the weight gradient sums over tokens and wants them along those (section 3.3.2).
+
+    Args:
+      scale: [..., M, ceil(N/128)].
+      power_of_two, least, implementation: as in `quantize`.
+
+    Returns:
+      E4M3 [..., N, M] and float32 [..., N, ceil(M/128)].
+
+    Raises:
+      ValueError: scales that do not fit the codes.
+      NotImplementedError: the implementation demanded does not do it.
+    """
+    _check_matrix("codes", codes)
+    wanted = (*codes.shape[:-1], -(-codes.shape[-1] // TILE[1]))
+    if scale.shape != wanted:
+        raise ValueError(f"scale has shape {scale.shape}: must be {wanted}")
+    chosen = choose(
+        implementation,
+        lambda: mosaic_gpu.check(codes, TILE, True, (mosaic_gpu.CODES,)),
+    ).implementation
+    if chosen == XLA:
+        x = reference.dequantize(codes, scale, TILE)
+        return reference.quantize_turned(x, True, TILE, power_of_two, least)
+    return _kernel(codes, scale, TILE, True, power_of_two, least, chosen)
+
+
+def quantize_swiglu(
+    gate: Array,
+    up: Array,
+    *,
+    power_of_two: bool = False,
+    least: float = MIN_AMAX,
+    turned: bool = False,
+    implementation: str | None = None,
+) -> tuple[Array, Array]:
+    """`quantize` by tiles of silu(gate) * up, which is never written to memory.
+
+    What the down-projection reads: forward, and `turned` in the backward pass, where
+    DeepSeek-V3 computes it anew (section 3.3.3).
+
+    Raises:
+      ValueError: gate and up differ in shape or dtype, or are no matrices.
+      NotImplementedError: the implementation demanded does not do it.
+    """
+    _check_matrix("gate", gate)
+    if (gate.shape, gate.dtype) != (up.shape, up.dtype):
+        raise ValueError(
+            f"gate and up are {gate.dtype} {gate.shape} and {up.dtype} {up.shape}: "
+            "must be alike"
+        )
+    chosen = choice(gate, TILE, turned, implementation).implementation
+    if chosen == XLA:
+        x = reference.swiglu(gate, up)
+        return reference.quantize_turned(x, turned, TILE, power_of_two, least)
+    return _kernel(gate, None, TILE, turned, power_of_two, least, chosen, up)
+
+
+def _check_matrix(name: str, x: Array) -> None:
+    if x.ndim < 2:
+        raise ValueError(f"{name} has shape {x.shape}: must be [..., M, N]")
+
+
+def _kernel(
+    x: Array,
+    scale: Array | None,
+    block: Block,
+    turned: bool,
+    power_of_two: bool,
+    least: float,
+    chosen: str,
+    up: Array | None = None,
+) -> tuple[Array, Array]:
+    """The kernel on all leading axes as one."""
+    if least < E4M3.tiny_amax:
+        raise ValueError(f"least = {least}: must be at least {E4M3.tiny_amax}")
+    outer = x.shape[:-2]
+    x = x.reshape(-1, *x.shape[-2:])
+    scale = None if scale is None else scale.reshape(-1, *scale.shape[-2:])
+    up = None if up is None else up.reshape(x.shape)
+    rule = power_of_two, least, INTERPRETED.get(chosen)
+    codes, made = mosaic_gpu.quantize(x, scale, block, turned, *rule, up)
+    made = made.swapaxes(-1, -2) if block == TILE else made
+    return codes.reshape(*outer, *codes.shape[1:]), made.reshape(
+        *outer, *made.shape[1:]
+    )

@@ -1,0 +1,77 @@
+"""One product per expert over sorted rows, by the fastest implementation there is."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.choice import INTERPRETED, MOSAIC_GPU, XLA, Choice, choose
+from pallas_kernels.grouped_matmul import mosaic_gpu, reference
+
+Array = jax.Array
+
+# Made once, so that a program is compiled once.
+PRODUCTS = {XLA: reference.PRODUCTS} | {
+    name: reference.Products(
+        functools.partial(mosaic_gpu.blocks, interpret=interpret),
+        functools.partial(mosaic_gpu.weight_gradient, interpret=interpret),
+    )
+    for name, interpret in {MOSAIC_GPU: None, **INTERPRETED}.items()
+}
+
+
+def choice(
+    x_nbD: Array,
+    w_EDF: Array,
+    compute_dtype: Any = None,
+    implementation: str | None = None,
+) -> Choice:
+    """Which implementation `grouped_dot` takes for such operands, and why no faster."""
+    dtypes = [compute_dtype or x.dtype for x in (x_nbD, w_EDF)]
+    return choose(
+        implementation, lambda: mosaic_gpu.check(x_nbD.shape, w_EDF.shape, *dtypes)
+    )
+
+
+def grouped_dot(
+    x_nbD: Array,
+    w_EDF: Array,
+    expert_n: Array,
+    used: Array,
+    compute_dtype: Any = None,
+    *,
+    implementation: str | None = None,
+) -> Array:
+    """Multiplies block i by w_EDF[expert_n[i]] for i < used; zeros elsewhere.
+
+    Args:
+      x_nbD: n blocks of b rows; those from `used` on are never read.
+      w_EDF: a matrix for each expert.
+      expert_n: [n] int, the expert of each block.
+      used: scalar int, how many leading blocks hold rows.
+      compute_dtype: what operands are rounded to in all three products; None keeps
+        them. Kernels multiply bfloat16.
+      implementation: see `choice.choose`; holds for both gradients too.
+
+    Returns:
+      [n, b, F], at least float32 whatever the operands are.
+
+    Raises:
+      ValueError: shapes that do not fit each other.
+      NotImplementedError: the implementation demanded does not do it.
+    """
+    if x_nbD.ndim != 3 or w_EDF.ndim != 3 or x_nbD.shape[2] != w_EDF.shape[1]:
+        raise ValueError(
+            f"operands have shapes {x_nbD.shape} and {w_EDF.shape}: must be "
+            "[n, b, D] and [E, D, F]"
+        )
+    if expert_n.shape != x_nbD.shape[:1] or jnp.ndim(used):
+        raise ValueError(
+            f"expert_n and used have shapes {expert_n.shape} and {jnp.shape(used)}: "
+            f"must be {x_nbD.shape[:1]} and ()"
+        )
+    chosen = choice(x_nbD, w_EDF, compute_dtype, implementation).implementation
+    return reference.differentiable(
+        x_nbD, w_EDF, expert_n, used, compute_dtype, PRODUCTS[chosen]
+    )

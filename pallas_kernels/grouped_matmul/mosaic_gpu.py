@@ -1,0 +1,227 @@
+"""Block-grouped products on Hopper, in bfloat16: each block's rows by its expert.
+
+A tile of the result is one block of rows by 256 columns; the copying warpgroup reads
+which expert the block is of and brings that one's weights. Blocks that are not used are
+tiles of no steps: their zeros are stored and nothing is read. The weight gradient has a
+tile for every expert, whose steps are the blocks of that expert, in whatever order.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
+
+from pallas_kernels.matmul import mosaic_gpu as gpu
+
+Array = jax.Array
+plgpu: Any = mosaic_gpu  # typed too loosely for a type checker to be of use
+
+DEPTH = 64  # of K a step: a row of 128 bytes
+WIDTH = 256  # columns of a tile, where there are as many
+STAGES = 4
+
+
+def check(x_nbD: tuple[int, ...], w_EDF: tuple[int, ...], *dtypes: Any) -> None:
+    """Raises NotImplementedError unless this kernel multiplies such operands.
+
+    Args:
+      x_nbD, w_EDF: their shapes.
+      dtypes: what they are multiplied in.
+    """
+    if set(map(jnp.dtype, dtypes)) != {jnp.dtype(jnp.bfloat16)}:
+        names = " and ".join(str(jnp.dtype(each)) for each in dtypes)
+        raise NotImplementedError(
+            f"operands are {names}: the kernel multiplies bfloat16 alone"
+        )
+    if x_nbD[1] % gpu.ROWS:
+        raise NotImplementedError(
+            f"blocks have {x_nbD[1]} rows: the kernel wants a multiple of {gpu.ROWS}"
+        )
+    for name, size in zip("DF", w_EDF[1:], strict=True):
+        if size % 8:  # TMA copies rows that begin at multiples of 16 bytes
+            raise NotImplementedError(
+                f"{name} = {size}: the kernel wants a multiple of 8"
+            )
+
+
+def halved(x_nbD: Array, expert_n: Array, used: Array) -> tuple[Array, ...]:
+    """Blocks of 128 rows, a tile's height, and what goes with them."""
+    number, rows, width = x_nbD.shape
+    parts = rows // gpu.ROWS
+    x_nbD = x_nbD.reshape(number * parts, gpu.ROWS, width)
+    return x_nbD, jnp.repeat(expert_n, parts), used * parts
+
+
+def by_expert(expert_n: Array, used: Array, experts: int) -> tuple[Array, ...]:
+    """Used blocks in an order of experts; each expert's first in it, and how many."""
+    expert_n = jnp.where(jnp.arange(len(expert_n)) < used, expert_n, experts)
+    count_E = jnp.bincount(expert_n, length=experts)
+    return integers(jnp.argsort(expert_n), jnp.cumsum(count_E) - count_E, count_E)
+
+
+def integers(*arrays: Array) -> tuple[Array, ...]:
+    """Arrays that a kernel reads numbers from."""
+    return tuple(jnp.atleast_1d(x).astype(jnp.int32) for x in arrays)
+
+
+def width_of(columns: int) -> int:
+    """Of a tile: a multiple of 128."""
+    return min(WIDTH, pl.cdiv(columns, 128) * 128)
+
+
+def in_turn(i: Array, down: int, across: int) -> tuple[Array, Array]:
+    """A tile's row and column: eight rows at a time, whose operands stay in the L2."""
+    return plgpu.planar_snake(i, (down, across), 0, 8)
+
+
+def summed(run: Any, width: int, multiply: Any) -> Array:
+    """The sum that `multiply(sum_ref, *buffers)` adds to in all steps of a tile."""
+
+    def product(sum_ref: Any) -> Array:
+        run(lambda step, buffers, carry: multiply(sum_ref, *buffers), None)
+        return sum_ref[...]
+
+    half = gpu.ROWS // gpu.COMPUTE
+    return pl.run_scoped(product, plgpu.ACC((half, width), jnp.float32))
+
+
+def blocks(
+    x_nbD: Array,
+    w_EDF: Array,
+    expert_n: Array,
+    used: Array,
+    contract: int,
+    dtype: Any,
+    interpret: Any = None,
+) -> Array:
+    """See `reference.Products`."""
+    shape = x_nbD.shape
+    x_nbD, expert_n, used = halved(x_nbD, expert_n, used)
+    number, _, depth = x_nbD.shape
+    turned = contract == -1
+    columns = w_EDF.shape[1 if turned else 2]
+    width = width_of(columns)
+    across = pl.cdiv(columns, width)
+
+    def body(x: Any, w: Any, expert: Any, used: Any, out: Any, buffers: Any) -> None:
+        def along(step: Array) -> Any:
+            return pl.ds(step * DEPTH, DEPTH)
+
+        def right(place: Any) -> Any:
+            return pl.ds(place[1] * width, width)
+
+        def weights(place: Any, step: Array) -> Any:
+            at = (along(step), right(place))
+            return w.at[(expert[place[0]], *(at[::-1] if turned else at))]
+
+        def compute(place: Any, run: Any) -> None:
+            def multiply(sum_ref: Any, x_s: Any, w_s: Any) -> None:
+                w_s = w_s.transpose((1, 0)) if turned else w_s
+                plgpu.wgmma(sum_ref, x_s.at[gpu.rows()], w_s)
+
+            value = summed(run, width, multiply)
+            gpu.store(value, buffers, out.at[place[0], :, right(place)])
+
+        tile = (width, DEPTH) if turned else (DEPTH, width)
+        operands = [
+            gpu.Operand(
+                (gpu.ROWS, DEPTH), x.dtype, lambda p, k: x.at[p[0], :, along(k)]
+            ),
+            gpu.Operand(tile, w.dtype, weights),
+        ]
+        steps = pl.cdiv(depth, DEPTH)
+        tiles = gpu.Tiles(
+            number=number * across,
+            place=lambda i: in_turn(i, number, across),
+            steps=lambda place: jnp.where(place[0] < used[0], steps, 0),
+            compute=compute,
+            behind=1,
+        )
+        gpu.run(tiles, operands, STAGES)
+
+    kernel = gpu.kernel(
+        body,
+        jax.ShapeDtypeStruct((number, gpu.ROWS, columns), dtype),
+        number * across,
+        scratch=[gpu.store_buffer(dtype)],
+        interpret=interpret,
+    )
+    y_nbF = kernel(x_nbD, w_EDF, *integers(expert_n, used))
+    return y_nbF.reshape(*shape[:2], columns)
+
+
+def weight_gradient(
+    x_nbD: Array,
+    g_nbF: Array,
+    expert_n: Array,
+    used: Array,
+    experts: int,
+    dtype: Any,
+    interpret: Any = None,
+) -> Array:
+    """See `reference.Products`."""
+    x_nbD, expert_n, used = halved(x_nbD, expert_n, used)
+    g_nbF = g_nbF.reshape(*x_nbD.shape[:2], -1)
+    rows, columns = x_nbD.shape[-1], g_nbF.shape[-1]
+    width = width_of(columns)
+    down, across = pl.cdiv(rows, gpu.ROWS), pl.cdiv(columns, width)
+    parts = gpu.ROWS // DEPTH  # steps a block
+
+    def body(
+        x: Any, g: Any, order: Any, first: Any, count: Any, out: Any, buffers: Any
+    ) -> None:
+        def block(place: Any, step: Array) -> Array:
+            return order[first[place[0]] + lax.div(step, parts)]
+
+        def along(step: Array) -> Any:
+            return pl.ds(lax.rem(step, parts) * DEPTH, DEPTH)
+
+        def left(place: Any) -> Any:
+            return pl.ds(place[1] * gpu.ROWS, gpu.ROWS)
+
+        def right(place: Any) -> Any:
+            return pl.ds(place[2] * width, width)
+
+        def place(i: Array) -> Any:
+            expert, within = lax.div(i, down * across), lax.rem(i, down * across)
+            return (expert, *in_turn(within, down, across))
+
+        def compute(place: Any, run: Any) -> None:
+            def multiply(sum_ref: Any, x_s: Any, g_s: Any) -> None:
+                plgpu.wgmma(sum_ref, x_s.at[:, gpu.rows()].transpose((1, 0)), g_s)
+
+            value = summed(run, width, multiply)
+            gpu.store(value, buffers, out.at[place[0], left(place), right(place)])
+
+        operands = [
+            gpu.Operand(
+                (DEPTH, gpu.ROWS),
+                x.dtype,
+                lambda p, k: x.at[block(p, k), along(k), left(p)],
+            ),
+            gpu.Operand(
+                (DEPTH, width),
+                g.dtype,
+                lambda p, k: g.at[block(p, k), along(k), right(p)],
+            ),
+        ]
+        tiles = gpu.Tiles(
+            number=experts * down * across,
+            place=place,
+            steps=lambda place: count[place[0]] * parts,
+            compute=compute,
+            behind=1,
+        )
+        gpu.run(tiles, operands, STAGES)
+
+    kernel = gpu.kernel(
+        body,
+        jax.ShapeDtypeStruct((experts, rows, columns), dtype),
+        experts * down * across,
+        scratch=[gpu.store_buffer(dtype)],
+        interpret=interpret,
+    )
+    return kernel(x_nbD, g_nbF, *by_expert(expert_n, used, experts))
