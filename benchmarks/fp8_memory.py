@@ -5,8 +5,8 @@
 The model up to its hidden states, of `presets.mini` (8 x 512 tokens) and of one dense
 and one MoE layer as wide as DeepSeek-V3 (4096 tokens), by shape alone. Counted are the
 arrays that the vector-Jacobian product holds, without parameters and copies of them in
-another type, or of gate and up side by side. Norms and residuals are float32 in all of them. For `mini` also what the
-compiled training step needs beside its arguments.
+another type, or of gate and up side by side. Norms and residuals are float32 in all of
+them. For `mini` also what the compiled training step needs beside its arguments.
 """
 
 import argparse

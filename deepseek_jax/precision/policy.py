@@ -149,5 +149,6 @@ def pieces(compute: str, own: Pieces = AS_NAMED) -> Pieces | None:
         return None
     made = dataclasses.replace(named, **changed)
     bits, exact = made.bits, made.exact == "yes"
-    check(bits or not exact, "runtime.fp8.bits", bits, "needs bits, exact is 'yes'")
+    fits = bool(bits) or not exact
+    check(fits, "runtime.fp8.bits", bits, "needs bits, exact is 'yes'")
     return made

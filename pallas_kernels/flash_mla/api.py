@@ -101,9 +101,10 @@ def _check(x: Operands) -> None:
         "segment": (batch, length),
     }
     for name, shape in wanted.items():
-        if names[name] is not None and names[name].shape != shape:
+        array = names[name]
+        if array is not None and array.shape != shape:
             raise ValueError(
-                f"{name} has shape {names[name].shape}: must be {shape} beside q_nope "
+                f"{name} has shape {array.shape}: must be {shape} beside q_nope "
                 f"{x.q_nope.shape} and k_nope {x.k_nope.shape}"
             )
 
@@ -117,13 +118,14 @@ def _forward(
     how: _How, floats: tuple[Array, ...], segment: Array | None
 ) -> tuple[Array, Any]:
     if how.implementation == XLA:
-        call = functools.partial(
+        call: Any = functools.partial(
             chunked_attention, scale=how.scale, compute_dtype=how.compute_dtype
         )
-        return jax.vjp(lambda *floats: call(*floats, segment), *floats)
+        return jax.vjp(lambda *given: call(*given, segment), *floats)
     # Empty arrays carry the types that the gradients must have.
     types = tuple(jnp.zeros((0,), x.dtype) for x in floats)
-    x = Operands(*(x.astype(jnp.bfloat16) for x in floats), segment)
+    rounded: Any = [x.astype(jnp.bfloat16) for x in floats]
+    x = Operands._make([*rounded, segment])
     simulated = INTERPRETED.get(how.implementation)
     out, lse = mosaic_gpu.forward(x, scale=how.scale, interpret=simulated)
     out, lse = checkpoint_name((out, lse), PRODUCT)

@@ -22,11 +22,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu as typed
 
 from pallas_kernels.flash_mla import fragments
 from pallas_kernels.flash_mla.fragments import COLUMN, LOG2E, ROW, ROWS, across, down
 from pallas_kernels.flash_mla.mosaic_gpu import TILE, Operands, segment_tiles
+
+plgpu: Any = typed  # too loosely for a type checker to be of use
 
 Array = jax.Array
 
@@ -45,7 +47,8 @@ def backward(
     short = [(0, 0), (0, 0), (0, -length % TILE)]
     delta = jnp.pad(delta_BLH.swapaxes(1, 2), short)
     arrays = *x[:5], g.astype(jnp.bfloat16), lse, delta
-    seen, seeing = (), ()
+    seen: tuple[Array, ...] = ()
+    seeing: tuple[Array, ...] = ()
     if x.segment is not None:
         ids, first, last = segment_tiles(x.segment)
         seen, seeing = (ids, first), (ids, last)
@@ -127,7 +130,7 @@ def _queries(
                 plgpu.copy_gmem_to_smem(source, target, begin.at[warpgroup])
             load = functools.partial(plgpu.load, layout=COLUMN, optimized=False)
             base, mean = load(lse.at[b, h, rows]), load(delta.at[b, h, rows])
-            seen = load(mask[0].at[b, rows]) if mask else None
+            seen: Any = load(mask[0].at[b, rows]) if mask else None
             plgpu.barrier_wait(begin.at[warpgroup])
 
             def step(i: Array, _: Any, diagonal: bool) -> None:
@@ -192,7 +195,7 @@ def _queries(
         plgpu.Barrier(num_arrivals=4 if masks else 3, num_barriers=STAGES),
         plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
     ]
-    like = jax.ShapeDtypeStruct
+    like: Any = jax.ShapeDtypeStruct
     run = plgpu.kernel(
         body,
         out_type=[like(x.shape, jnp.bfloat16) for x in (q_nope, q_rope)],
@@ -337,7 +340,7 @@ def _keys(
         plgpu.Barrier(num_arrivals=6 if masks else 5, num_barriers=STAGES),
         plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
     ]
-    like = jax.ShapeDtypeStruct
+    like: Any = jax.ShapeDtypeStruct
     run = plgpu.kernel(
         body,
         out_type=[

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu as typed
+
+plgpu: Any = typed  # too loosely for a type checker to be of use
 
 Array = jax.Array
 
@@ -55,12 +57,12 @@ def down(x: Array, shape: tuple[int, ...]) -> Array:
     return lax.broadcast_in_dim(x, shape, [1])
 
 
-def indices(shape: tuple[int, int], axis: int) -> Array:
+def indices(shape: tuple[int, ...], axis: int) -> Array:
     """The row or column that each number is in."""
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
 
 
-def summed(shape: tuple[int, int], *products: tuple[Any, Any]) -> Array:
+def summed(shape: tuple[int, ...], *products: tuple[Any, Any]) -> Array:
     """The sum of products a @ b, once they are through."""
 
     def run(acc: Any) -> Array:

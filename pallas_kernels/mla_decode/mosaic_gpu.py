@@ -21,16 +21,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu as typed
 
 from pallas_kernels.flash_mla import fragments
 from pallas_kernels.flash_mla.fragments import COLUMN, LOG2E, ROWS, across
+
+plgpu: Any = typed  # too loosely for a type checker to be of use
 
 Array = jax.Array
 
 KEYS = 64  # of a tile
 HALF = KEYS // 2  # whose scores one warpgroup computes
 STAGES = 2  # tiles that are in shared memory at once
+LOWEST = float.fromhex("-0x1.fffffep127")  # of float32
 PROCESSORS = 132  # of an H100 or H200; each has room for one thread block
 
 
@@ -126,7 +129,7 @@ def attend(
     position_Br = jnp.repeat(position_BL, heads, axis=1)
     short = [(0, 0), (0, blocks * ROWS - rows)]
     position_Br = jnp.pad(position_Br, short, constant_values=-1)
-    sees = position_Br, last_B, *share
+    sees: tuple[Array, ...] = position_Br, last_B, *share
     if table_BP is not None:
         sees += (table_BP.astype(jnp.int32),)
     queries = (x.reshape(batch, rows, -1) for x in (q_lat_BLHC, q_rope_BLHR))
@@ -154,7 +157,8 @@ def _partial(
     chunks = latent // width
     blocks = pl.cdiv(rows, ROWS)
 
-    def body(q_lat, q_rope, c_kv, k_rope, position, last, *refs: Any) -> None:
+    def body(*given: Any) -> None:
+        q_lat, q_rope, c_kv, k_rope, position, last, *refs = given
         begin, size, first, stop, *table, part, lse, memory, barriers = refs
         q_s, q_rope_s, (c_s, out_s), rope_s, p_s, peak_s, total_s = memory
         row_ready, row_done, ready, free, meet = barriers
@@ -234,10 +238,9 @@ def _partial(
                 return o, higher, total
 
             zero = tuple(fragments.full(0, (ROWS, width)) for _ in range(chunks // 2))
-            lowest = float(jnp.finfo(jnp.float32).min)
             carry = (
                 zero,
-                fragments.full(lowest, (ROWS,), COLUMN),
+                fragments.full(LOWEST, (ROWS,), COLUMN),
                 fragments.full(0, (ROWS,), COLUMN),
             )
             o, peak, total = lax.fori_loop(start, end, step, carry)
@@ -364,10 +367,9 @@ def _combined(
             o = o * across(shrink, o.shape) + x * across(weight, o.shape)
             return o, higher, total * shrink + weight
 
-        lowest = float(jnp.finfo(jnp.float32).min)
         carry = (
             fragments.full(0, (ROWS, width)),
-            fragments.full(lowest, (ROWS,), COLUMN),
+            fragments.full(LOWEST, (ROWS,), COLUMN),
             fragments.full(0, (ROWS,), COLUMN),
         )
         first, stop = begin[b] // size[0], pl.cdiv(begin[b + 1], size[0])

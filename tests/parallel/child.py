@@ -2,8 +2,9 @@
 
 python -m tests.parallel.child CORPUS WORKDIR PROCESSES SCHEDULE [MISHAP PROCESS STEP]
 
-SCHEDULE: "none", or that of a pipeline whose ranks the processes are. MISHAP: a signal that the process sends itself at the step; "seed", another seed than
-the others have; "full", a disk that is full at the end of a save.
+SCHEDULE: "none", or that of a pipeline whose ranks the processes are. MISHAP: a signal
+that the process sends itself at the step; "seed", another seed than the others have;
+"full", a disk that is full at the end of a save.
 """
 
 import dataclasses
