@@ -325,7 +325,7 @@ def test_a_planted_import_is_caught(module, source):
         ),
         ("deepseek_jax.ops.routing", "import math\nfrom . import norm"),
         (
-            "deepseek_jax.analysis.plots_html",
+            "deepseek_jax.analysis.interactive_html",
             "import plotly, deepseek_jax.analysis.runs",
         ),
         ("deepseek_jax", "def load():\n  from deepseek_jax.train import loop"),

@@ -125,6 +125,7 @@ def forward(x: Operands, *, scale: float, interpret: Any) -> tuple[Array, Array]
                 s = scores(slot)
                 if seen is not None:
                     keys = plgpu.load(seen_s.at[slot], layout=ROW)
+                    plgpu.commit_smem()  # read before TMA writes there again
                     same = across(seen, s.shape) == down(keys, s.shape)
                     s = jnp.where(same, s, -jnp.inf)
                 plgpu.barrier_arrive(k_free.at[slot])
