@@ -20,7 +20,7 @@ def said(devices: int, **changes) -> str:
 def test_one_device_is_one_line():
     assert said(1) == (
         "on 1 of 1 devices, cpu (cpu): products f32, attention chunked, "
-        "experts blocks, remat products"
+        "experts blocks, remat policy"
     )
 
 
