@@ -82,6 +82,7 @@ REFUSED = [
     *(
         (f"train.{field.name}", 0, "must be positive", {})
         for field in dataclasses.fields(config_lib.TrainConfig)
+        if field.name != "trackers"
     ),
     ("runtime.compute", "fp32", "did you mean 'f32'?", {}),
     ("runtime.attention", "plan", "did you mean 'plain'?", {}),
