@@ -20,6 +20,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import jax
 import pytest
 from hypothesis import settings
+from jax.experimental.compilation_cache import compilation_cache
+
+from deepseek_jax.parallel import aot
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -33,3 +36,23 @@ def forget_programs():
     """Every program holds memory maps, of which a process may have some 65,000."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def h100s():
+    """H100s of one host to compile for, if this machine can; REQUIRE_AOT: it must."""
+    # Programs of devices that are not there can be cached but not read again.
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    try:
+        devices = aot.h100s(aot.PER_HOST)
+        place = jax.sharding.SingleDeviceSharding(devices[0])
+        shape = jax.ShapeDtypeStruct((8,), jax.numpy.float32, sharding=place)
+        aot.compiled(jax.jit(jax.numpy.exp).lower(shape))
+    except NotImplementedError as error:
+        give_up = pytest.fail if os.environ.get("REQUIRE_AOT") else pytest.skip
+        give_up(f"NOT CHECKED, programs for GPUs: {error}")
+    yield devices
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()

@@ -6,14 +6,11 @@ tensor cores and TMA must be in use, and no register spilled to memory. Needs th
 """
 
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
-from deepseek_jax.parallel import aot
 from pallas_kernels import testing
 from pallas_kernels.choice import MOSAIC_GPU
 from pallas_kernels.flash_mla import api as flash_mla
@@ -24,26 +21,6 @@ from pallas_kernels.mla_decode import shapes as decode_shapes
 PRODUCTS = "wgmma", "tma", "mbarrier"
 SUMS = ()  # the sum of parts is made of plain loads and stores
 SIZES = "replica", "v3"
-
-
-@pytest.fixture(scope="module")
-def h100():
-    """One device, if this machine can compile for it."""
-    # Programs of devices that are not there can be cached but not read again.
-    folder = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
-    try:
-        (device,) = aot.h100s(1)
-        place = jax.sharding.SingleDeviceSharding(device)
-        shape = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=place)
-        aot.compiled(jax.jit(jnp.exp).lower(shape))
-    except NotImplementedError as error:
-        give_up = pytest.fail if os.environ.get("REQUIRE_AOT") else pytest.skip
-        give_up(f"NOT CHECKED, the attention kernels' machine code: {error}")
-    yield device
-    jax.config.update("jax_compilation_cache_dir", folder)
-    compilation_cache.reset_cache()
 
 
 def shaped(*sizes, dtype=jnp.bfloat16):
@@ -61,7 +38,7 @@ def check(reports, *instructions):
 
 
 @pytest.mark.parametrize(("size", "name"), named(flash_shapes))
-def test_attention_and_its_gradients(h100, size, name):
+def test_attention_and_its_gradients(h100s, size, name):
     x = flash_shapes.SHAPES[size][name]
     heads = (x.H, x.N), (x.H, x.R), (x.G, x.N), (x.g, x.R), (x.G, x.O), (x.H, x.O)
     segment = shaped(x.B, x.L, dtype=jnp.int32) if x.segments else None
@@ -72,11 +49,11 @@ def test_attention_and_its_gradients(h100, size, name):
         return value, pull(g.astype(value.dtype))
 
     *floats, g = (shaped(x.B, x.L, *each) for each in heads)
-    check(testing.compile_for(h100, run, segment, g, *floats), *[PRODUCTS] * 3)
+    check(testing.compile_for(h100s[0], run, segment, g, *floats), *[PRODUCTS] * 3)
 
 
 @pytest.mark.parametrize(("size", "name"), named(decode_shapes))
-def test_decoding(h100, size, name):
+def test_decoding(h100s, size, name):
     x = decode_shapes.SHAPES[size][name]
     pages = x.B * x.S // x.page if x.page else x.B
     pool = pages, x.page or x.S
@@ -84,5 +61,5 @@ def test_decoding(h100, size, name):
     queries = shaped(x.B, x.L, x.H, x.C), shaped(x.B, x.L, x.H, x.R)
     cache = shaped(*pool, x.C), shaped(*pool, x.R), shaped(x.B, x.L, dtype=jnp.int32)
     run = functools.partial(mla_decode.mla_decode, scale=0.1, implementation=MOSAIC_GPU)
-    reports = testing.compile_for(h100, run, *queries, *cache, table)
+    reports = testing.compile_for(h100s[0], run, *queries, *cache, table)
     check(reports, PRODUCTS, SUMS)

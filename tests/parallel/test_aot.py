@@ -4,13 +4,11 @@ What compiles needs the extra `aot` and NVIDIA's compiler, and is skipped withou
 """
 
 import dataclasses
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import aot_h100
@@ -19,29 +17,6 @@ from deepseek_jax.config import AttentionConfig, Config, MoEConfig
 from deepseek_jax.parallel import aot
 
 ROWS, DIM, CARDS = 4096, 1024, 8
-
-
-@pytest.fixture(scope="module")
-def uncached():
-    """Programs of devices that are not there can be cached but not read again."""
-    folder = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", folder)
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def h100s(uncached):
-    """Devices of one host, if this machine can compile for them."""
-    try:
-        devices = aot.h100s(CARDS)
-        aot.compiled(jax.jit(jnp.exp).lower(on(devices[:1], (CARDS,))))
-    except NotImplementedError as error:
-        give_up = pytest.fail if os.environ.get("REQUIRE_AOT") else pytest.skip
-        give_up(f"NOT CHECKED, the overlap on GPUs: {error}")
-    return devices
 
 
 def on(devices: list[jax.Device], shape: tuple[int, ...], *axes: str | None):

@@ -6,7 +6,6 @@ Skipped without NVIDIA's compiler, as `tests.parallel.test_aot`; minutes with it
 import pytest
 
 from benchmarks import aot_h100, aot_pipeline
-from tests.parallel.test_aot import h100s, uncached  # noqa: F401
 
 ROUTES = {
     f"{way} {route}" for way in aot_pipeline.WAYS for route in ("dispatch", "combine")
@@ -18,7 +17,7 @@ def found(schedule: str) -> aot_pipeline.Found:
 
 
 @pytest.fixture(scope="module")
-def dualpipe(h100s):  # noqa: F811
+def dualpipe(h100s):
     return found("dualpipe")
 
 
@@ -38,7 +37,7 @@ def test_no_ring_is_copied_and_memory_leaves_room_for_overlap(dualpipe):
     assert dualpipe.gib["total"] < 0.6 * aot_h100.DEVICE_GIB
 
 
-def test_a_schedule_without_pairs_is_reported_exposed(h100s):  # noqa: F811
+def test_a_schedule_without_pairs_is_reported_exposed(h100s):
     rows = found("1f1b").steady
     assert any(row.what in aot_pipeline.SENDS for row in rows)
     assert not any(row.other for row in rows)
