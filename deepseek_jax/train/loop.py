@@ -56,11 +56,11 @@ def run(
     if processes.first(lambda: start.is_finished(config, workdir)):
         progress.say(f"nothing to do: {workdir} has all {config.train.steps} steps")
         return writers.read(workdir / writers.METRICS)
-    for line in layout.lines(config):
-        progress.say(line)
     keep = {"keep_last": config.train.keep_last, "keep_best": config.train.keep_best}
     opened = start.open_run(config, workdir)
     processes.first(lambda: start.check(opened, workdir))
+    for line in layout.lines(config):
+        progress.say(line)
     with contextlib.ExitStack() as lock:
         processes.first(lambda: lock.enter_context(hooks.exclusive(workdir)))
         state, step = start.restore(opened, workdir, progress.say)
