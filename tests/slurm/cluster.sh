@@ -48,11 +48,13 @@ stop() {
     [ $code = 0 ] || cat "$folder"/*.log >&2
     for daemon in slurmd slurmctld; do
         if [ -f "$folder/$daemon.pid" ]; then
-            as_root kill "$(cat "$folder/$daemon.pid")"
+            # One may have ended by itself.
+            as_root kill "$(cat "$folder/$daemon.pid")" 2>/dev/null || true
         fi
     done
     sleep 1
     as_root rm -rf "$folder"
+    exit $code
 }
 
 install
