@@ -5,15 +5,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.choice import INTERPRETED, XLA, Choice, choose
 from pallas_kernels.flash_mla import backward, mosaic_gpu
 from pallas_kernels.flash_mla.mosaic_gpu import Operands
-from pallas_kernels.flash_mla.reference import chunked_attention
-from pallas_kernels.matmul.reference import PRODUCT
+from pallas_kernels.flash_mla.reference import Keep, chunked_attention, keep_all
 
 Array = jax.Array
+
+__all__ = ["Keep", "choice", "flash_mla"]
 
 
 class _How(NamedTuple):
@@ -21,7 +21,7 @@ class _How(NamedTuple):
 
     implementation: str
     scale: float
-    compute_dtype: Any
+    keep: Keep
 
 
 def choice(
@@ -51,6 +51,7 @@ def flash_mla(
     *,
     scale: float,
     compute_dtype: Any = None,
+    keep: Keep | None = None,
     implementation: str | None = None,
 ) -> Array:
     """Causal attention within equal segments (equations 9-10 of arXiv:2412.19437).
@@ -63,6 +64,9 @@ def flash_mla(
       scale: multiplies the scores; a Python number.
       compute_dtype: what operands of products, and the five gradients, are rounded to;
         None keeps them. The kernel multiplies bfloat16 alone.
+      keep: output and log-sum-exp to what is returned of the one, and kept of both for
+        the backward pass, named for `jax.checkpoint`. Of axes that it may see rows and
+        the value's width are last.
       implementation: see `choice.choose`.
 
     Returns:
@@ -76,7 +80,10 @@ def flash_mla(
     _check(x)
     options = {"scale": float(scale), "compute_dtype": compute_dtype}
     chosen = choice(x, **options, implementation=implementation).implementation
-    return _attention(_How(chosen, **options), x[:5], segment_BL)
+    if chosen == XLA:  # has a backward pass of its own
+        return chunked_attention(*x, **options, keep=keep)
+    how = _How(chosen, float(scale), keep or keep_all)
+    return _attention(how, x[:5], segment_BL)
 
 
 def _check(x: Operands) -> None:
@@ -117,24 +124,17 @@ def _attention(how: _How, floats: tuple[Array, ...], segment: Array | None) -> A
 def _forward(
     how: _How, floats: tuple[Array, ...], segment: Array | None
 ) -> tuple[Array, Any]:
-    if how.implementation == XLA:
-        call: Any = functools.partial(
-            chunked_attention, scale=how.scale, compute_dtype=how.compute_dtype
-        )
-        return jax.vjp(lambda *given: call(*given, segment), *floats)
     # Empty arrays carry the types that the gradients must have.
     types = tuple(jnp.zeros((0,), x.dtype) for x in floats)
     rounded: Any = [x.astype(jnp.bfloat16) for x in floats]
     x = Operands._make([*rounded, segment])
     simulated = INTERPRETED.get(how.implementation)
     out, lse = mosaic_gpu.forward(x, scale=how.scale, interpret=simulated)
-    out, lse = checkpoint_name((out, lse), PRODUCT)
+    out, lse = how.keep(out, lse)
     return out.astype(jnp.float32), (x, out, lse, types)
 
 
 def _backward(how: _How, saved: Any, g: Array) -> tuple[tuple[Array, ...], None]:
-    if how.implementation == XLA:
-        return saved(g), None
     x, out, lse, types = saved
     simulated = INTERPRETED.get(how.implementation)
     gradients = backward.backward(x, out, lse, g, scale=how.scale, interpret=simulated)

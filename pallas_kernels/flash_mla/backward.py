@@ -119,10 +119,17 @@ def _queries(
         begin, ready, free = refs[-1]
         b, h, warpgroup = map(lax.axis_index, ("batch", "head", "warpgroup"))
         tile = count - 1 - lax.axis_index("tile")
-        end = 2 * (tile + 1)
-        steps = end - (2 * mask[1][b, tile] if mask else 0)
+
+        def visits(tile: Array) -> tuple[Any, Any]:
+            """Where tiles of 64 keys end, and how many before that may be seen.
+
+            Each warpgroup works it out for itself, as below.
+            """
+            end = 2 * (tile + 1)
+            return end, end - (2 * mask[1][b, tile] if mask else 0)
 
         def compute(dqn_acc: Any, dqr_acc: Any) -> None:
+            _, steps = visits(tile)
             rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
             mine = [s.at[warpgroup] for s in (qn_s, qr_s, g_s)]
             for source, target in zip((q_nope, q_rope, g), mine, strict=True):
@@ -171,6 +178,7 @@ def _queries(
         @pl.when(warpgroup == 2)
         def _memory() -> None:
             group = h // repeat
+            end, steps = visits(fragments.afresh(tile))
 
             def copies(i: Array) -> list[tuple[Any, Any]]:
                 keys = pl.ds((end - 1 - i) * ROWS, ROWS)
@@ -238,10 +246,17 @@ def _keys(
         begin, ready, free = refs[-1]
         b, group, warpgroup = map(lax.axis_index, ("batch", "group", "warpgroup"))
         tile = lax.axis_index("tile")
-        # Tiles of 64 queries, from the diagonal to the last that may see a key.
-        each = 2 * ((mask[1][b, tile] + 1 if mask else count) - tile)
+
+        def visits(tile: Array) -> Any:
+            """Tiles of 64 queries from the diagonal to the last that may see a key.
+
+            Each warpgroup works it out for itself: what is known before they part is
+            spilled.
+            """
+            return 2 * ((mask[1][b, tile] + 1 if mask else count) - tile)
 
         def compute(dkn_acc: Any, dkr_acc: Any, dv_acc: Any) -> None:
+            each = visits(tile)
             rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
             mine = [s.at[warpgroup] for s in (kn_s, kr_s, v_s)]
             sources = (
@@ -313,9 +328,12 @@ def _keys(
 
         @pl.when(warpgroup == 2)
         def _memory() -> None:
+            own = fragments.afresh(tile)
+            each = visits(own)
+
             def copies(i: Array) -> list[tuple[Any, Any]]:
                 h = group * repeat + i // each
-                queries = pl.ds((2 * tile + lax.rem(i, each)) * ROWS, ROWS)
+                queries = pl.ds((2 * own + lax.rem(i, each)) * ROWS, ROWS)
                 return [
                     (q_nope.at[b, queries, h], qn_s),
                     (q_rope.at[b, queries, h], qr_s),

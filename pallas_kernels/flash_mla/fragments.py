@@ -99,6 +99,7 @@ def afresh(index: Array | int) -> Array:
     """The same index, of which the compiler must not know that it is the same.
 
     Used in a loop for an operand that stays from step to step, it keeps the compiler
-    from keeping the addresses of all the operand's parts in registers too.
+    from keeping the addresses of all the operand's parts in registers too; used where
+    warpgroups part, from working out before what each then has to hold.
     """
     return lax.optimization_barrier(jnp.int32(index))

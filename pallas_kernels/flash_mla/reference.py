@@ -74,7 +74,8 @@ def _joined(
     )
 
 
-def _keep_all(out: Array, lse: Array) -> tuple[Array, Array]:
+def keep_all(out: Array, lse: Array) -> tuple[Array, Array]:
+    """Both as they are, for policies that keep products."""
     kept: tuple[Array, Array] = checkpoint_name((out, lse), PRODUCT)
     return kept
 
@@ -121,7 +122,7 @@ def chunked_attention(
     )
     segment_PL = None if segment_BL is None else jnp.repeat(segment_BL, groups, axis=0)
     operands = Operands(q_PRX, k_PSX, v_PSO, segment_PL)
-    o_PRO = _tiled(tiles, keep or _keep_all, operands)
+    o_PRO = _tiled(tiles, keep or keep_all, operands)
     o_BGLrO = o_PRO.reshape(batch, groups, length, heads // groups, -1)
     return o_BGLrO.swapaxes(1, 2).reshape(batch, length, heads, -1)
 
