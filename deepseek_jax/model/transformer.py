@@ -22,6 +22,10 @@ from deepseek_jax.runtime import Runtime
 from deepseek_jax.typing import Array
 
 
+# Collections of variables that only observers fill: `train.numerics`.
+OBSERVED = ("operands", "output_gradients")
+
+
 class Totals(NamedTuple):
     """What is counted over the whole global batch before its first micro-batch.
 
@@ -78,7 +82,7 @@ class Transformer(nn.Module):
         def stack(block: type[nn.Module], length: int, in_axes: tuple) -> Any:
             return nn.scan(
                 rematerialised(block, rt),
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, **dict.fromkeys(OBSERVED, 0)},
                 split_rngs={"params": True},
                 in_axes=in_axes,
                 length=length,

@@ -1,0 +1,227 @@
+"""What 8 bits lose of a model's numbers, by map and layer, and where one is none.
+
+Section 3.3 of arXiv:2412.19437 rounds three operands of every linear map: its input x,
+its weight w and the gradient g of its output. They are looked at from outside, while
+the objective of one batch is computed: the model knows nothing of it. Of a policy
+without FP8 it is what `fp8_v3` would lose. The routed experts of a layer are one map:
+x is what they are given, w all their matrices, g the gradient of what comes back.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.data.batch import Batch
+from deepseek_jax.model.linear import Linear
+from deepseek_jax.model.moe import MoE
+from deepseek_jax.model.transformer import OBSERVED
+from deepseek_jax.precision import policy, quantize
+from deepseek_jax.precision.fp8_dots import Recipe
+from deepseek_jax.precision.later import now
+from deepseek_jax.precision.recipe import recipe
+from deepseek_jax.schedule import piecewise
+from deepseek_jax.train.objective import objective, totals
+from deepseek_jax.train.state import Parts, TrainState
+from deepseek_jax.typing import Array
+
+# What observing adds to the variables.
+OPERANDS, OUTPUTS = OBSERVED
+LEAST, POWERS = -64, 96  # scales are sorted by powers of two, from 2^LEAST on
+# What is computed first, to the end: stacks of layers, then the maps of a layer.
+ORDER = ("dense", "moe", "mtp")
+MAPS = ("combine", *policy.ATTENTION_MAPS, "gate", "up", "down", "experts")
+
+
+class Found(NamedTuple):
+    """Of one operand of one map; arrays have a leading axis over the map's layers."""
+
+    saturated: Array  # numbers too large for their scale
+    underflowed: Array  # not zero, but rounded to it
+    not_finite: Array
+    total: Array  # numbers there are
+    scales: Array  # [layers, POWERS], how many have which power of two
+
+
+Looked = dict[str, dict[str, Found]]  # by operand, then by map: "moe/attn/q_a"
+
+
+def of(x: Array, scheme: quantize.Scheme) -> Found:
+    """What quantisation does to x [..., M, N]."""
+    counts = quantize.counts(x, scheme)
+    scale = quantize.scales(x, scheme).reshape(-1)
+    power = jnp.clip(jnp.frexp(scale)[1] - 1 - LEAST, 0, POWERS - 1)
+    # Those that are not finite are one too far, and fall away.
+    power = jnp.where(jnp.isfinite(scale), power, POWERS)
+    numbers = jnp.bincount(power, length=POWERS)
+    return Found(*counts, jnp.int32(x.size), numbers)
+
+
+def recipes(parts: Parts) -> Callable[[str], Recipe]:
+    """What the run's policy rounds a map's operands to, or else what `fp8_v3` would."""
+    runtime = parts.config.runtime
+    own = policy.pieces(runtime.compute, runtime.fp8) or policy.V3
+
+    def recipe_of(name: str) -> Recipe:
+        return recipe(own, name) or recipe(policy.V3, name) or Recipe()
+
+    return recipe_of
+
+
+def _name(module: nn.Module) -> str:
+    return "experts" if isinstance(module, MoE) else str(module.name)
+
+
+def _watch(
+    recipe_of: Callable[[str], Recipe],
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: Any,
+) -> Any:
+    """Counts what a map reads, and marks what it returns, for its gradient."""
+    module = context.module
+    if context.method_name != "__call__" or not isinstance(module, Linear | MoE):
+        return call(*args, **kwargs)
+    out = call(*args, **kwargs)
+    schemes, x = recipe_of(_name(module)), now(args[0])
+    found = {"x": of(x.reshape(-1, x.shape[-1]), schemes.x)}
+    own = module.variables["params"]
+    matrices = [own[name] for name in ("kernel", "gate", "up", "down") if name in own]
+    found["w"] = jax.tree.map(
+        lambda *each: sum(each), *(of(matrix, schemes.w) for matrix in matrices)
+    )
+    for operand, value in found.items():
+        module.sow(
+            OPERANDS,
+            operand,
+            value,
+            reduce_fn=lambda _, new: new,
+            init_fn=lambda: None,
+        )
+    if isinstance(module, MoE):
+        return module.perturb("g", out[0], OUTPUTS), *out[1:]
+    return module.perturb("g", out, OUTPUTS)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A model whose maps are looked at; `seen` gets what was found.
+
+    `pushes` is added to the outputs of maps; None: `seen` gets their shapes, too.
+    """
+
+    model: Any
+    recipe_of: Callable[[str], Recipe]
+    pushes: Any
+    seen: list[Any]
+
+    @property
+    def rt(self) -> Any:
+        return self.model.rt
+
+    def apply(self, variables: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As the model's."""
+        if self.pushes is not None:
+            variables = {**variables, OUTPUTS: self.pushes}
+        mutable = [OPERANDS] if self.pushes is not None else [OPERANDS, OUTPUTS]
+        with nn.intercept_methods(functools.partial(_watch, self.recipe_of)):
+            out, seen = self.model.apply(variables, *args, mutable=mutable, **kwargs)
+        self.seen.append(seen)
+        return out
+
+
+def look(parts: Parts, state: TrainState, batch: Batch) -> Looked:
+    """The three operands of every map on one batch; may be jitted.
+
+    It holds the gradients of all maps' outputs at once.
+    """
+    recipe_of, counts = recipes(parts), totals(parts, batch)
+    optim = parts.config.optim
+    weight = piecewise(optim.mtp_weight, optim.mtp_weight_changes)(state.step)
+
+    def watched(pushes: Any) -> tuple[Array, Any]:
+        seen: list[Any] = []
+        model: Any = Watched(parts.model, recipe_of, pushes, seen)
+        own = replace(parts, model=model)
+        loss, _ = objective(own, state.params, state.balance, batch, counts, weight)
+        return loss, seen[0]
+
+    shapes = jax.eval_shape(lambda: watched(None)[1])[OUTPUTS]
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    gradients, seen = jax.grad(watched, has_aux=True)(zeros)
+    looked: Looked = {"x": {}, "w": {}, "g": {}}
+    for where, found in _leaves(seen[OPERANDS]):
+        where, _, operand = where.rpartition("/")
+        found = found if _stacked(where) else jax.tree.map(lambda x: x[None], found)
+        looked[operand][_called(where)] = found
+    for where, g in _leaves(gradients):
+        where = where.removesuffix("/g")
+        rows = g.reshape(len(g) if _stacked(where) else 1, -1, g.shape[-1])
+        scheme = recipe_of(_called(where).rpartition("/")[2]).g
+        found = jax.lax.map(functools.partial(of, scheme=scheme), rows)
+        looked["g"][_called(where)] = found
+    return looked
+
+
+def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    flat = jax.tree_util.tree_flatten_with_path(tree, lambda x: isinstance(x, Found))
+    for path, value in flat[0]:
+        yield jax.tree_util.keystr(path, simple=True, separator="/"), value
+
+
+def _stacked(where: str) -> bool:
+    """Whether a map is in a scanned stack of layers."""
+    return where.split("/")[0] in ("dense", "moe")
+
+
+def _called(where: str) -> str:
+    """A map's place; the layer of experts is called what it is in policies."""
+    return where + "/experts" if where.endswith("/moe") else where
+
+
+def record(looked: Looked) -> dict[str, Any]:
+    """Shares of numbers lost, by operand: over all maps, and by map and layer."""
+    values: dict[str, Any] = {}
+    for loss in ("underflowed", "saturated"):
+        for operand, maps in looked.items():
+            lost = {where: np.asarray(getattr(f, loss)) for where, f in maps.items()}
+            total = {where: np.asarray(f.total) for where, f in maps.items()}
+            share = sum(map(np.sum, lost.values())) / sum(map(np.sum, total.values()))
+            values[f"eval_{loss}_{operand}"] = float(share)
+            values[f"eval_{loss}_{operand}_by_map"] = {
+                where: (lost[where] / total[where]).tolist() for where in maps
+            }
+    return values
+
+
+def first_not_finite(looked: Looked) -> str:
+    """Names the map and layer where numbers first are not finite.
+
+    Inputs and weights in the order in which they are computed; if all of them are
+    finite, gradients in the reverse order.
+    """
+
+    def place(where: str, layer: int) -> tuple[Any, ...]:
+        stack, *_, name = where.split("/")
+        order = ORDER.index(stack.partition("_")[0])
+        return order, stack, layer, MAPS.index(name), "shared" not in where
+
+    bad = [
+        (place(where, layer), operand, where, layer, int(n), int(found.total[layer]))
+        for operand, maps in looked.items()
+        for where, found in maps.items()
+        for layer, n in enumerate(np.asarray(found.not_finite))
+        if n
+    ]
+    forward = [entry for entry in bad if entry[1] != "g"]
+    if not bad:
+        return "all inputs, weights and gradients of linear maps are finite"
+    _, operand, where, layer, n, total = min(forward) if forward else max(bad)
+    kind = {"x": "input", "w": "weight", "g": "output's gradient"}[operand]
+    return f"first not finite: the {kind} of {where}, layer {layer}: {n} of {total}"
