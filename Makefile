@@ -11,7 +11,7 @@ PYTEST := $(PY) -m pytest -q -n 2 --dist loadfile
 $(shell $(PY) -c '' 2>/dev/null || rm -f $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-aot test-slurm parity lint bench bench-decode notebooks lab clean
+.PHONY: help setup demo test test-all test-aot test-slurm parity lint bench bench-decode bench-gpu gpu-wheels notebooks lab clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1	\2/p' Makefile | expand -t 14
@@ -54,6 +54,12 @@ bench: setup  ## tokens/s of a training step on this CPU; ARGS="--peers --json F
 
 bench-decode: setup  ## tokens/s of generation on this CPU; same ARGS
 	$(PY) benchmarks/decode_cpu.py $(ARGS)
+
+bench-gpu:  ## all that needs a Hopper GPU, in 8 minutes, by its python3; ARGS="--help"
+	$(or $(PYTHON),python3) -m benchmarks.gpu $(ARGS)
+
+gpu-wheels: setup  ## beforehand, with a network: what bench-gpu's machine may lack
+	$(PY) -m benchmarks.gpu_wheels $(ARGS)
 
 notebooks: setup  ## run every notebook from top to bottom
 	.venv/bin/jupyter execute --timeout=600 notebooks/*.ipynb

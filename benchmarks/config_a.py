@@ -1,7 +1,8 @@
 """What is timed on a CPU: `presets.mini` without MTP, 10.7M parameters, 8 x 512 tokens.
 
 Balance is the paper's recipe, `v3`. FLOPs count the matmuls and the causal half of
-attention, three times (forward, two gradients), and no recomputation: 0.14 TFLOP.
+attention, three times (forward, two gradients), and no recomputation: 0.14 TFLOP. An
+MTP module counts as a layer, a head and what joins its two inputs.
 """
 
 import dataclasses
@@ -70,12 +71,14 @@ def flops(config: Config) -> Flops:
     )
     active = 3 * (moe.top_k + moe.num_shared) * moe.ffn_dim + moe.num_experts
     pairs = tokens * (length + 1) / 2
+    depth = model.mtp.depth
+    layers, joined = model.num_layers + depth, 2 * depth * model.dim**2
     return Flops(
-        core=6 * model.num_layers * pairs * at.num_heads * (query + value),
-        projections=6 * model.num_layers * tokens * weights,
-        experts=6 * model.num_moe * tokens * model.dim * active,
+        core=6 * layers * pairs * at.num_heads * (query + value),
+        projections=6 * tokens * (layers * weights + joined),
+        experts=6 * (model.num_moe + depth) * tokens * model.dim * active,
         dense=6 * model.num_dense * tokens * 3 * model.dim * model.dense_dim,
-        head=6 * tokens * model.dim * model.vocab_size,
+        head=6 * (1 + depth) * tokens * model.dim * model.vocab_size,
     )
 
 

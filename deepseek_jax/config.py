@@ -7,13 +7,14 @@ Architecture is chosen by these fields, never by a model's name.
 """
 
 import dataclasses
-import difflib
 import typing
 from dataclasses import dataclass, field
 
 from deepseek_jax.nested import check as _check
 from deepseek_jax.nested import flatten as flatten
 from deepseek_jax.nested import from_dict as from_dict
+from deepseek_jax.nested import one_of as _one_of
+from deepseek_jax.nested import positive as _positive
 from deepseek_jax.nested import to_dict as to_dict
 from deepseek_jax.precision import policy
 
@@ -42,24 +43,14 @@ COMPUTES = tuple(policy.POLICIES)
 MOMENTS = ("f32", "bf16")
 ATTENTION_PATHS = ("plain", "chunked")
 EXPERT_PATHS = ("dense", "blocks")
+AUTO = "auto"
+IMPLEMENTATIONS = (AUTO, "xla", "mosaic_gpu", "interpret")
 REMATS = ("policy", "none", "products", "full")
 RULES = ("fsdp", "zero1", "ep", "replicated")
 TRANSPORTS = ("all_to_all", "two_hop", "ragged", "ring")
 SCHEDULES = ("none", "gpipe", "1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev")
 KEEPS = ("inputs", "products")
 PAYLOADS = ("exact", "bf16", "fp8", "fp8_ue8m0")
-
-
-def _positive(prefix: str, config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _check(value > 0, f"{prefix}.{name}", value, "must be positive")
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    near = difflib.get_close_matches(str(value), allowed, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    _check(value in allowed, name, value, f"must be one of {', '.join(allowed)}{hint}")
 
 
 def _increasing(name: str, changes: Changes) -> None:
@@ -376,7 +367,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Which implementation computes each part; see `runtime.build`."""
+    """Which implementation computes each part; see `runtime.build`.
+
+    `implementation` is that of attention, grouped and FP8 products: "auto" is the
+    fastest that can, "mosaic_gpu" Pallas kernels for Hopper GPUs, "interpret" the same
+    simulated, "xla" none. `strict`: where "auto" falls back is an error.
+    """
 
     compute: str = "f32"  # see precision.policy
     fp8: policy.Pieces = field(default_factory=policy.Pieces)
@@ -385,12 +381,15 @@ class RuntimeConfig:
     block: int = 128  # rows of an expert block
     # Kept for a block's backward pass: FP8 caches or products, all, products, nothing.
     remat: str = "policy"
+    implementation: str = AUTO
+    strict: bool = False
 
     def __post_init__(self) -> None:
         policy.pieces(self.compute, self.fp8)
         _one_of("runtime.attention", self.attention, ATTENTION_PATHS)
         _one_of("runtime.experts", self.experts, EXPERT_PATHS)
         _one_of("runtime.remat", self.remat, REMATS)
+        _one_of("runtime.implementation", self.implementation, IMPLEMENTATIONS)
         _positive("runtime", self, "block")
 
 

@@ -20,6 +20,20 @@ def check(ok: bool, name: str, value: object, right: str) -> None:
         raise ValueError(f"{name} = {value!r}: {right}")
 
 
+def positive(prefix: str, config: object, *names: str) -> None:
+    """Refuses fields that are not above 0, as `check`."""
+    for name in names:
+        value = getattr(config, name)
+        check(value > 0, f"{prefix}.{name}", value, "must be positive")
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuses a value that is not among those allowed, as `check`."""
+    near = difflib.get_close_matches(str(value), allowed, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    check(value in allowed, name, value, f"must be one of {', '.join(allowed)}{hint}")
+
+
 def to_dict(config: typing.Any) -> dict[str, typing.Any]:
     """The nested plain dict of a config, fit for JSON; `from_dict` inverts it."""
     return dataclasses.asdict(config)

@@ -14,21 +14,23 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import RuntimeConfig
+from deepseek_jax import kernels
+from deepseek_jax.config import AUTO, RuntimeConfig
+from deepseek_jax.kernels import noted as noted
+from deepseek_jax.kernels import on_hopper as on_hopper
 from deepseek_jax.ops.dispatch import experts_by_size, experts_dense
 from deepseek_jax.ops.swiglu import swiglu, swiglu_later
 from deepseek_jax.precision import policy, recipe
 from deepseek_jax.precision.dots import dot_bf16, dot_f32, dot_plain, linear
-from deepseek_jax.precision.fp8_dots import CACHE
+from deepseek_jax.precision.fp8_dots import CACHE, Gemms
 from deepseek_jax.precision.later import Later
 from deepseek_jax.typing import Array
-from pallas_kernels.flash_mla.reference import attention, chunked_attention
-from pallas_kernels.grouped_matmul.reference import grouped_dot, grouped_dot_oracle
+from pallas_kernels.choice import XLA as XLA
+from pallas_kernels.choice import Choice as Choice
+from pallas_kernels.flash_mla.reference import attention
+from pallas_kernels.grouped_matmul.reference import grouped_dot_oracle
 from pallas_kernels.matmul.reference import PRODUCT
-from pallas_kernels.mla_decode.reference import (
-    latent_attention,
-    latent_attention_oracle,
-)
+from pallas_kernels.mla_decode.reference import latent_attention_oracle
 
 
 class Dot(Protocol):
@@ -205,39 +207,43 @@ REMATS = {
 }
 
 
-def build(config: RuntimeConfig) -> Runtime:
+def build(config: RuntimeConfig, rows: Rows | None = None) -> Runtime:
     """The runtime that `config` names.
 
     What an FP8 policy leaves alone is computed as `bf16` has it.
+
+    Args:
+      rows: how a batch is split by a program that sees all of several devices. Linear
+        maps need to know: XLA cannot split a kernel.
 
     Raises:
       ValueError: pieces of FP8 without a policy that has any.
     """
     pieces = policy.pieces(config.compute, config.fp8)
     compute = "bf16" if pieces else config.compute
-    dtype = DTYPES[compute]
+    demanded = None if config.implementation == AUTO else config.implementation
+    by: dict[str, Any] = {
+        "compute_dtype": DTYPES[compute],
+        "implementation": demanded,
+    }
     rt = Runtime(
         dot=DOTS[compute],
         linear=functools.partial(linear, dot=DOTS[compute]),
-        grouped_dot=functools.partial(grouped_dot, compute_dtype=dtype),
-        latent_attention=latent_attention,
+        grouped_dot=functools.partial(kernels.grouped_dot, **by),
+        latent_attention=functools.partial(kernels.latent_attention, **by),
     )
-    attentions: dict[str, Attention] = {
-        "plain": attention,
-        "chunked": functools.partial(chunked_attention, compute_dtype=dtype),
-    }
+    chunked = functools.partial(kernels.attention, **by)
+    attentions: dict[str, Attention] = {"plain": attention, "chunked": chunked}
     own_remat = REMATS["products"]
     if pieces:
-        rt = in_fp8(rt, pieces)
+        gemms_of = functools.partial(kernels.gemms, rows=rows, implementation=demanded)
+        rt = in_fp8(rt, pieces, gemms_of)
+        keep = functools.partial(recipe.kept_output, form=pieces.out)
         attentions = {
             "plain": functools.partial(
                 recipe.rounded_attention, attention=attention, form=pieces.out
             ),
-            "chunked": functools.partial(
-                chunked_attention,
-                compute_dtype=dtype,
-                keep=functools.partial(recipe.kept_output, form=pieces.out),
-            ),
+            "chunked": functools.partial(chunked, keep=keep),
         }
         own_remat = recipe.REMAT
     experts: dict[str, Callable[..., Array]] = {
@@ -253,12 +259,17 @@ def build(config: RuntimeConfig) -> Runtime:
     )
 
 
-def in_fp8(rt: Runtime, pieces: policy.Pieces) -> Runtime:
+def in_fp8(
+    rt: Runtime, pieces: policy.Pieces, gemms_of: Callable[..., Gemms]
+) -> Runtime:
     """The same with linear maps and experts as the pieces of a policy have them."""
-    recipe_of = functools.partial(recipe.recipe, pieces)
+    by: dict[str, Any] = {
+        "recipe_of": functools.partial(recipe.recipe, pieces),
+        "gemms_of": gemms_of,
+    }
     return replace(
         rt,
-        linear=functools.partial(recipe.linear, recipe_of=recipe_of),
-        grouped_dot=functools.partial(recipe.grouped, recipe_of=recipe_of),
+        linear=functools.partial(recipe.linear, **by),
+        grouped_dot=functools.partial(recipe.grouped, **by, grouped_dot=rt.grouped_dot),
         swiglu=swiglu_later if pieces.swiglu == "yes" else swiglu,
     )

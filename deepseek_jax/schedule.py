@@ -25,10 +25,11 @@ def piecewise(value: float, changes: Changes = ()) -> Schedule:
       step -> scalar of the default float type. The step is the number of optimizer
       steps finished before, 0 for the first, and may be traced.
     """
-    steps = [step for step, _ in changes]
-    values = [value, *(new for _, new in changes)]
 
     def at(step: Array | int) -> Array:
-        return jnp.array(values, float)[(jnp.asarray(step) >= jnp.array(steps)).sum()]
+        now = jnp.asarray(value, float)
+        for start, new in changes:
+            now = jnp.where(step >= start, new, now)
+        return now
 
     return at

@@ -12,6 +12,10 @@ that failed does not stop the others, and makes the exit code 1.
 `cancel` lets what runs save and end; `retry` starts again what is not done, and with
 --failed only what has failed.
 
+--vectorize=N trains runs that differ only in scalars (learning rate, bias speed, weight
+of a loss) and seed as one program, N at a time, with the numbers they have alone. On a
+CPU each core is a device then. Folders are those of runs alone.
+
 --launcher=slurm makes a batch script in --workdir, an array with a task for each run,
 and submits it. Runs save before their time is over, or when another job takes their
 place, and go on by themselves. With --dry-run the script is written and not submitted;
@@ -24,7 +28,15 @@ import sys
 from pathlib import Path
 
 from experiments import common
-from experiments.launch import control, local, plan, slurm, watch
+from experiments.launch import (
+    budget,
+    control,
+    local,
+    plan,
+    population,
+    slurm,
+    watch,
+)
 
 MODULE = "experiments.sweep"
 LOCAL, SLURM = "local", "slurm"
@@ -49,6 +61,9 @@ def parser() -> common.Parser:
     made.add_argument("--config", help="the base config instead of the sweep's own")
     made.add_argument("--launcher", choices=[LOCAL, SLURM], default=LOCAL)
     made.add_argument("--workers", type=int, default=1, help="runs at a time, here")
+    made.add_argument(
+        "--vectorize", type=int, default=1, metavar="N", help="runs in one program"
+    )
     group = made.add_argument_group("with --launcher=slurm")
     for flag, (field, kind, text) in OPTIONS.items():
         group.add_argument(
@@ -77,6 +92,8 @@ def resources(options: argparse.Namespace) -> slurm.Resources | None:
     if options.launcher == SLURM:
         if options.workers != 1:
             raise ValueError("--workers is for --launcher=local: --array-parallelism")
+        if options.vectorize != 1:
+            raise ValueError("--vectorize is for --launcher=local")
         if "options" in given:
             given["options"] = tuple(given["options"])
         return slurm.Resources(**given)
@@ -89,21 +106,29 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] and arguments[0] in control.VERBS:
         return control.main(*arguments)
     options = parser().parse_args(arguments)
-    if options.workers < 1:
-        raise ValueError(f"--workers={options.workers}: must be 1 or more")
+    for name in ("workers", "vectorize"):
+        if (given := getattr(options, name)) < 1:
+            raise ValueError(f"--{name}={given}: must be 1 or more")
     wanted, workdir = resources(options), options.workdir
     command = shlex.join(["python", "-m", MODULE, *arguments])
     planned = plan.load(options.sweep, options.config, command)
     plan.check_folders(planned, workdir)
+    if options.vectorize > 1:
+        names = [item.name for item in planned.items]
+        population.teams(planned, names, options.vectorize)
     if wanted is None:
         slurm.check_idle(workdir)
         plan.open_corpora(planned)
+        print(budget.text(planned.items, workdir, workers=options.workers), flush=True)
         with watch.running(workdir):
             plan.save(planned, workdir)
-            code = local.run(planned, workdir, options.workers)
+            code = local.run(
+                planned, workdir, options.workers, vectorize=options.vectorize
+            )
             return control.report_of(workdir, code)
     text = slurm.check(planned, workdir, wanted, dry=options.dry_run)
     plan.open_corpora(planned)
+    print(budget.text(planned.items, workdir, wanted), flush=True)
     with watch.lock(workdir, patience_s=5.0):
         plan.save(planned, workdir)
         path = slurm.write(text, workdir)

@@ -17,7 +17,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,20 +84,17 @@ def measured(case: Case, start: Callable[[], Run], rate: dict[str, float]) -> Ro
     }
 
 
-def rows(names: list[str], sizes: list[str], rate: dict[str, float]) -> list[Row]:
-    """A row for every candidate, printed as it is measured."""
-    made = []
-    for name, size in itertools.product(names, sizes):
-        shapes, cases = OPERATIONS[name]
-        for at, shape in shapes[size].items():
-            for part, case in cases(shape):
-                for who, start in case.candidates.items():
-                    row = {"op": name, "size": size, "shape": at, "pass": part}
-                    row |= {"by": who, **measured(case, start, rate)}
-                    made.append(row)
-                    print(line(row), flush=True)
-                jax.clear_caches()
-    return made
+def rows(name: str, size: str, rate: dict[str, float]) -> Iterator[Row]:
+    """A row for every candidate of an operation, printed as it is measured."""
+    shapes, cases = OPERATIONS[name]
+    for at, shape in shapes[size].items():
+        for part, case in cases(shape):
+            for who, start in case.candidates.items():
+                row = {"op": name, "size": size, "shape": at, "pass": part}
+                row |= {"by": who, **measured(case, start, rate)}
+                print(line(row), flush=True)
+                yield row
+            jax.clear_caches()
 
 
 def line(row: Row) -> str:
@@ -131,17 +128,22 @@ def main() -> None:
     print(
         f"{device}: {rate['bytes'] / 1e9:.0f} GB/s, {rate['flops'] / 1e12:.2f} TFLOP/s"
     )
-    result = {
+    result: dict[str, Any] = {
         "device": device,
         "jax": jax.__version__,
         "command": f"python -m pallas_kernels.bench --sizes {' '.join(args.sizes)} "
         f"--ops {' '.join(args.ops)}",
         "rates": rate,
-        "rows": rows(args.ops, args.sizes, rate),
+        "rows": [],
     }
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{re.sub(r'[^A-Za-z0-9]+', '_', device)}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    for size, name in itertools.product(args.sizes, args.ops):
+        result["rows"] += rows(name, size, rate)
+        # At once, so that what is measured is kept whatever comes next.
+        whole = path.with_suffix(".tmp")
+        whole.write_text(json.dumps(result, indent=1) + "\n")
+        whole.replace(path)
     print(f"wrote {path}")
 
 

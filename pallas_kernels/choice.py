@@ -48,12 +48,34 @@ def require_hopper() -> None:
         )
 
 
-def choose(demanded: str | None, check: Callable[[], None]) -> Choice:
+Tiled = dict[str, tuple[int, int]]
+
+
+def check_tiled(tiled: Tiled) -> None:
+    """Raises NotImplementedError where TMA cannot copy what is stored in tiles.
+
+    JAX (0.11.2) has it copy an axis as whole tiles, or as one that is shorter.
+
+    Args:
+      tiled: size of each axis, and of its tiles; for one axis several by other names.
+    """
+    for name, (size, tile) in tiled.items():
+        if size > tile and size % tile:
+            raise NotImplementedError(
+                f"{name.strip()} = {size}: the kernel wants a multiple of {tile}, or "
+                "fewer"
+            )
+
+
+def choose(
+    demanded: str | None, check: Callable[[], None], tiled: Tiled | None = None
+) -> Choice:
     """The implementation to run.
 
     Args:
       demanded: a name of IMPLEMENTATIONS, or None for the fastest that can.
       check: raises NotImplementedError if the kernel does not do what is asked of it.
+      tiled: as of `check_tiled`; simulated copies have no such limits.
 
     Raises:
       ValueError: there is no implementation of that name.
@@ -70,6 +92,8 @@ def choose(demanded: str | None, check: Callable[[], None]) -> Choice:
         if demanded != INTERPRET:
             require_hopper()
         check()
+        if demanded != INTERPRET:
+            check_tiled(tiled or {})
     except NotImplementedError as error:
         if demanded:
             raise

@@ -23,10 +23,13 @@ import jax
 import jax.numpy as jnp
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-from pallas_kernels.choice import INTERPRET
+from pallas_kernels.choice import INTERPRET, MOSAIC_GPU
 
 Array = jax.Array
 
+# What tests mean by a kernel: itself if they run on a GPU, else the simulated one.
+ON_GPU = (jax.config.jax_platforms or "").startswith("cuda")
+KERNEL = MOSAIC_GPU if ON_GPU else INTERPRET
 
 _RACES = "GPURaceDetectionState"
 

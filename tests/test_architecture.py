@@ -30,7 +30,8 @@ MAY_IMPORT = {
     ".ops": f"{CORE} .schedule .precision pallas_kernels.*.reference jax numpy",
     ".precision": f"{CORE} pallas_kernels.*.reference jax numpy",
     ".precision.policy": ".nested",
-    ".runtime": f"{CORE} .ops .precision pallas_kernels jax",
+    ".kernels": f"{CORE} .precision pallas_kernels jax",
+    ".runtime": f"{CORE} .kernels .ops .precision pallas_kernels jax",
     ".model": f"{CORE} .ops .runtime jax flax",
     ".parallel": f"{CORE} .ops .precision .model .runtime"
     " pallas_kernels.*.reference jax numpy",

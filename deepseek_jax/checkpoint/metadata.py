@@ -32,9 +32,17 @@ Description = dict[str, Any]
 
 
 def describe(
-    config: Config, corpus_hash: str, domains: tuple[str, ...], tokenizer_hash: str
+    config: Config,
+    corpus_hash: str,
+    domains: tuple[str, ...],
+    tokenizer_hash: str,
+    kernels: Mapping[str, Any] | None = None,
 ) -> Description:
-    """The content of `config.json`, fit for JSON."""
+    """The content of `config.json`, fit for JSON.
+
+    Args:
+      kernels: which implementation computes what. Another start may have others.
+    """
     devices = jax.devices()
     return {
         "kind": KIND,
@@ -48,6 +56,7 @@ def describe(
             "device": devices[0].device_kind,
             "devices": len(devices),
             "processes": jax.process_count(),
+            "kernels": dict(kernels or {}),
         },
     }
 

@@ -61,6 +61,7 @@ def learning_rate(config: OptimConfig) -> optax.Schedule:
     schedule = SCHEDULES[config.schedule](config)
 
     def rate(done: Array | int) -> Array:
-        return jnp.minimum(warmup(done + 1), schedule(done + 1))
+        step = jnp.asarray(done + 1, float)  # else optax has float32 in float64, too
+        return jnp.minimum(warmup(step), schedule(step))
 
     return rate

@@ -5,16 +5,16 @@ and nowhere else but in weights: 1 x 128 for x in Fprop and g in Dgrad, 128 x 1,
 tokens, for both in Wgrad, blocks of 128 x 128 for w. What the backward pass reads of x
 is what was kept of it in FP8, rounded again in the other direction for Wgrad.
 
-How products are summed and who quantises are arguments: models of the accumulator on a
-CPU, kernels where there are any. Without kernels codes are multiplied in bfloat16, in
-which products of all formats are exact.
+Who quantises and multiplies is an argument, `Gemms`: kernels where there are any, else
+`MODELS`, for which a recipe says how products are summed, a model of the accumulator.
+These multiply codes in bfloat16, in which products of all formats are exact.
 """
 
 import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from deepseek_jax.precision.accumulate import Scales, by_tiles
 from deepseek_jax.precision.later import Later, now
 from deepseek_jax.precision.policy import PRODUCTS
 from deepseek_jax.precision.quantize import Quantized, Scheme, dequantize, values
-from deepseek_jax.typing import Array
+from deepseek_jax.typing import Array, at_least_f32
 from pallas_kernels.fp8_quantize.reference import E4M3
 from pallas_kernels.grouped_matmul.reference import unrolled
 from pallas_kernels.matmul.reference import PRODUCT, product, transposed
@@ -81,7 +81,8 @@ class Recipe:
         """`operand` of rows [T, D] or of their blocks [n, b, D], which are one matrix
         where all of a matrix has one scale.
         """
-        if scheme.block is not None or name not in (*self.products, KEPT):
+        plain = scheme.block is not None or name not in (*self.products, KEPT)
+        if plain or x.ndim == 2:
             return self.operand(name, x, scheme)
         codes, scale = self.quantize(x.reshape(-1, x.shape[-1]), scheme)
         ones = jnp.ones((*x.shape[:-2], 1, 1), jnp.float32)
@@ -117,9 +118,9 @@ class Recipe:
         return Quantized(codes.astype(self.kept.format.dtype), scale)
 
     def read(self, kept: Any) -> Array:
-        """What `keep` kept, in float32."""
-        if self.kept is None:
-            return kept.astype(jnp.float32)
+        """What `keep` kept, or x itself, in at least float32."""
+        if self.kept is None or not isinstance(kept, Quantized):
+            return at_least_f32(kept)
         return dequantize(kept, self.kept)
 
 
@@ -154,74 +155,56 @@ def _kept(recipe: Recipe, x: Array | Later, read: Quantized, named: bool) -> Any
     return checkpoint_name(kept, CACHE) if named else kept
 
 
-def _reread(recipe: Recipe, kept: Any) -> tuple[Array, Callable[[Array], Any]]:
-    """x in float32, and the gradient of what it was given as by that of x."""
+def _reread(recipe: Recipe, kept: Any) -> tuple[Any, Callable[[Array], Any]]:
+    """x, or what was kept of it, and the gradient of what it was given as by x's."""
     if not isinstance(kept, Later):
-        return recipe.read(kept), lambda dx: dx
+        return kept, lambda dx: dx
     rounded = tuple(map(recipe.read, kept.rounded))
     x, pull = jax.vjp(Later.now, replace(kept, rounded=rounded))
     return x, lambda dx: pull(dx.astype(x.dtype))[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def fp8_dot(recipe: Recipe, x: Array | Later, w_DF: Array) -> Array:
-    """x [T, D] @ w, in float32: [T, F]."""
-    return _forward(recipe, x, w_DF)[0]
+class Blocks(NamedTuple):
+    """Block i of rows is multiplied by the matrix of expert_n[i], for i < used."""
+
+    expert_n: Array
+    used: Array
 
 
-def _forward(
-    recipe: Recipe, x: Array | Later, w_DF: Array
-) -> tuple[Array, tuple[Any, ...]]:
-    a = recipe.rows("fprop", now(x), recipe.x)
-    b = recipe.operand("fprop", w_DF, recipe.w)
-    y_TF = recipe.multiply("fprop", a, b, (recipe.x, recipe.w))
-    # Maps read norms' outputs, which `jax.checkpoint` had better compute anew.
-    return checkpoint_name(y_TF, PRODUCT), (_kept(recipe, x, a, False), w_DF, _types(x))
+class Gemms(NamedTuple):
+    """Who quantises and multiplies: a map's three products, in float32.
 
+    x [T, D], w [D, F] and the gradient g [T, F] are not rounded yet; with `Blocks` they
+    are [n, b, D], [E, D, F] and [n, b, F], and products of blocks i >= used are zeros.
 
-def _backward(
-    recipe: Recipe, saved: tuple[Any, ...], g_TF: Array
-) -> tuple[Array | Later, Array]:
-    kept, w_DF, types = saved
-    a = recipe.operand("dgrad", g_TF, recipe.g)
-    b, w_scheme = _turned(recipe.operand("dgrad", w_DF, recipe.w), recipe.w)
-    dx_TD = recipe.multiply("dgrad", a, b, (recipe.g, w_scheme))
-    x_TD, pull = _reread(recipe, kept)
-    a, x_scheme = _turned(recipe.operand("wgrad", x_TD, recipe.x_t), recipe.x_t)
-    b = recipe.operand("wgrad", g_TF, recipe.g_t)
-    dw_DF = recipe.multiply("wgrad", a, b, (x_scheme, recipe.g_t))
-    return _cast(pull(dx_TD), types), dw_DF.astype(w_DF.dtype)
-
-
-fp8_dot.defvjp(_forward, _backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def fp8_grouped_dot(
-    recipe: Recipe, x: Array | Later, w_EDF: Array, expert_n: Array, used: Array
-) -> Array:
-    """Block i of x [n, b, D] by w_EDF[expert_n[i]] for i < used, zeros elsewhere.
-
-    Returns:
-      [n, b, F] in float32. In Wgrad no tile has rows of two blocks.
+    Attributes:
+      fprop: (recipe, x, w, blocks) -> x w, and what was read of x, by `recipe.x`.
+      dgrad: (recipe, g, w, blocks) -> g w^T.
+      wgrad: (recipe, x, g, blocks, E) -> x^T g, where x is what `recipe.keep` kept; no
+        tile has rows of two blocks.
     """
-    return _grouped_forward(recipe, x, w_EDF, expert_n, used)[0]
+
+    fprop: Callable[..., tuple[Array, Quantized]]
+    dgrad: Callable[..., Array]
+    wgrad: Callable[..., Array]
 
 
 def _at(q: Quantized, i: Array) -> Quantized:
     return Quantized(q.codes[i], q.scale[i])
 
 
-def _by_block(
+def _multiply(
     recipe: Recipe,
     name: str,
-    a: Quantized,
-    b: Quantized,
+    operands: tuple[Quantized, Quantized],
     schemes: tuple[Scheme, Scheme],
-    expert_n: Array,
-    used: Array,
+    blocks: Blocks | None,
 ) -> Array:
-    """Each block times its expert's matrix."""
+    """One product, or each block times its expert's matrix."""
+    a, b = operands
+    if blocks is None:
+        return recipe.multiply(name, a, b, schemes)
+    expert_n, used = blocks
 
     def body(trip: list[tuple[Array, Array]], out_nbF: Array) -> Array:
         products = [
@@ -236,42 +219,94 @@ def _by_block(
     return unrolled(used, len(expert_n), body, jnp.zeros(shape, jnp.float32))
 
 
-def _grouped_forward(
-    recipe: Recipe, x: Array | Later, w_EDF: Array, expert_n: Array, used: Array
-) -> tuple[Array, tuple[Any, ...]]:
-    a = recipe.rows("fprop", now(x), recipe.x)
-    b = recipe.operand("fprop", w_EDF, recipe.w)
-    schemes = recipe.x, recipe.w
-    y_nbF = _by_block(recipe, "fprop", a, b, schemes, expert_n, used)
-    # Rows came from afar: what is kept of them saves the way.
-    saved = _kept(recipe, x, a, True), w_EDF, expert_n, used, _types(x)
-    return checkpoint_name(y_nbF, PRODUCT), saved
+def _fprop(
+    recipe: Recipe, x: Array, w: Array, blocks: Blocks | None
+) -> tuple[Array, Quantized]:
+    a = recipe.rows("fprop", x, recipe.x)
+    b = recipe.operand("fprop", w, recipe.w)
+    return _multiply(recipe, "fprop", (a, b), (recipe.x, recipe.w), blocks), a
 
 
-def _grouped_backward(
-    recipe: Recipe, saved: tuple[Any, ...], g_nbF: Array
-) -> tuple[Any, ...]:
-    kept, w_EDF, expert_n, used, types = saved
-    a = recipe.rows("dgrad", g_nbF, recipe.g)
-    b, w_scheme = _turned(recipe.operand("dgrad", w_EDF, recipe.w), recipe.w)
-    schemes = recipe.g, w_scheme
-    dx_nbD = _by_block(recipe, "dgrad", a, b, schemes, expert_n, used)
-    x_nbD, pull = _reread(recipe, kept)
-    a, x_scheme = _turned(recipe.rows("wgrad", x_nbD, recipe.x_t), recipe.x_t)
-    b = recipe.rows("wgrad", g_nbF, recipe.g_t)
+def _dgrad(recipe: Recipe, g: Array, w: Array, blocks: Blocks | None) -> Array:
+    a = recipe.rows("dgrad", g, recipe.g)
+    b, w_scheme = _turned(recipe.operand("dgrad", w, recipe.w), recipe.w)
+    return _multiply(recipe, "dgrad", (a, b), (recipe.g, w_scheme), blocks)
+
+
+def _wgrad(
+    recipe: Recipe, x: Any, g: Array, blocks: Blocks | None, experts: int
+) -> Array:
+    read = recipe.rows("wgrad", recipe.read(x), recipe.x_t)
+    a, x_scheme = _turned(read, recipe.x_t)
+    b = recipe.rows("wgrad", g, recipe.g_t)
+    schemes = x_scheme, recipe.g_t
+    if blocks is None:
+        return recipe.multiply("wgrad", a, b, schemes)
+    expert_n, used = blocks
 
     def body(trip: list[tuple[Array, Array]], dw_EDF: Array) -> Array:
         products = [
-            recipe.multiply("wgrad", _at(a, i), _at(b, i), (x_scheme, recipe.g_t))
-            for i, _ in trip
+            recipe.multiply("wgrad", _at(a, i), _at(b, i), schemes) for i, _ in trip
         ]
         for (i, first), dw_DF in zip(trip, products, strict=True):
             dw_EDF = dw_EDF.at[expert_n[i]].add(jnp.where(first, dw_DF, 0))
         return dw_EDF
 
-    start_EDF = jnp.zeros(w_EDF.shape, jnp.float32)
-    dw_EDF = unrolled(used, len(expert_n), body, start_EDF)
-    return _cast(pull(dx_nbD), types), dw_EDF.astype(w_EDF.dtype), None, None
+    shape = experts, a.codes.shape[-2], b.codes.shape[-1]
+    return unrolled(used, len(expert_n), body, jnp.zeros(shape, jnp.float32))
 
 
-fp8_grouped_dot.defvjp(_grouped_forward, _grouped_backward)
+MODELS = Gemms(_fprop, _dgrad, _wgrad)  # by the recipe's own quantiser and product
+
+
+def fp8_dot(
+    recipe: Recipe, x: Array | Later, w_DF: Array, gemms: Gemms = MODELS
+) -> Array:
+    """x [T, D] @ w, in float32: [T, F]."""
+    return _product(recipe, gemms, x, w_DF, None)
+
+
+def fp8_grouped_dot(
+    recipe: Recipe,
+    x: Array | Later,
+    w_EDF: Array,
+    expert_n: Array,
+    used: Array,
+    gemms: Gemms = MODELS,
+) -> Array:
+    """Block i of x [n, b, D] by w_EDF[expert_n[i]] for i < used, zeros elsewhere.
+
+    Returns:
+      [n, b, F] in float32. In Wgrad no tile has rows of two blocks.
+    """
+    return _product(recipe, gemms, x, w_EDF, Blocks(expert_n, used))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(
+    recipe: Recipe, gemms: Gemms, x: Array | Later, w: Array, blocks: Blocks | None
+) -> Array:
+    return _forward(recipe, gemms, x, w, blocks)[0]
+
+
+def _forward(
+    recipe: Recipe, gemms: Gemms, x: Array | Later, w: Array, blocks: Blocks | None
+) -> tuple[Array, tuple[Any, ...]]:
+    y, read = gemms.fprop(recipe, now(x), w, blocks)
+    # Maps read norms' outputs, which `jax.checkpoint` had better compute anew. Experts'
+    # rows came from afar: what is kept of them saves the way.
+    kept = _kept(recipe, x, read, named=blocks is not None)
+    return checkpoint_name(y, PRODUCT), (kept, w, blocks, _types(x))
+
+
+def _backward(
+    recipe: Recipe, gemms: Gemms, saved: tuple[Any, ...], g: Array
+) -> tuple[Any, ...]:
+    kept, w, blocks, types = saved
+    dx = gemms.dgrad(recipe, g, w, blocks)
+    x, pull = _reread(recipe, kept)
+    dw = gemms.wgrad(recipe, x, g, blocks, len(w))
+    return _cast(pull(dx), types), dw.astype(w.dtype), None
+
+
+_product.defvjp(_forward, _backward)

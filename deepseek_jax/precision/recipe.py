@@ -18,6 +18,8 @@ from deepseek_jax.precision.accumulate import Accumulator, by_tiles
 from deepseek_jax.precision.dots import dot_bf16
 from deepseek_jax.precision.fp8_dots import (
     CACHE,
+    MODELS,
+    Gemms,
     Product,
     Quantizer,
     Recipe,
@@ -25,7 +27,7 @@ from deepseek_jax.precision.fp8_dots import (
     fp8_grouped_dot,
 )
 from deepseek_jax.precision.later import Later, now
-from deepseek_jax.precision.policy import Pieces
+from deepseek_jax.precision.policy import PRODUCTS, Pieces
 from deepseek_jax.precision.quantize import (
     Quantized,
     Scheme,
@@ -37,7 +39,6 @@ from deepseek_jax.precision.quantize import (
 )
 from deepseek_jax.typing import Array
 from pallas_kernels.fp8_quantize.reference import FORMATS, MIN_AMAX, Block
-from pallas_kernels.grouped_matmul.reference import grouped_dot
 
 # Products that `jax.checkpoint` keeps of a block beside the caches. Norms, the
 # up-projections after MLA's and SwiGLU are computed anew: section 3.2.3.
@@ -89,16 +90,52 @@ def _product(pieces: Pieces) -> Product:
     return Accumulator(bits, promote, exact=pieces.exact == "yes")
 
 
+def check_kernels(found: Recipe) -> None:
+    """Raises NotImplementedError unless this is what FP8 kernels for Hopper compute.
+
+    Their tensor cores sum 128 products at a time, as short as those are, which is the
+    best that they do where a policy asks for exact sums.
+    """
+    for name in ("x", "w", "g", "x_t", "g_t"):
+        own, wanted = getattr(found, name), getattr(Recipe(), name)
+        if (own.form, own.block) != (wanted.form, wanted.block):
+            raise NotImplementedError(
+                f"{name} is {own.form} by {own.block}: the kernel wants "
+                f"{wanted.form} by {wanted.block}"
+            )
+    if set(found.products) != set(PRODUCTS):
+        raise NotImplementedError(
+            f"{','.join(found.products)} are in FP8: the kernel does all products"
+        )
+    sums = found.product
+    if isinstance(sums, Accumulator) and (
+        sums.bits not in (None, 14) or sums.promote != 128
+    ):
+        raise NotImplementedError(
+            f"sums have {sums.bits} bits, promoted every {sums.promote}: the kernel's "
+            "have 14, every 128"
+        )
+
+
+def by_models(found: Recipe, name: str, x: Array | Later, w: Array) -> Gemms:
+    """Who quantises and multiplies where there are no kernels."""
+    return MODELS
+
+
 def linear(
     x: Array | Later,
     w_DF: Array,
     name: str | None = None,
     *,
     recipe_of: Callable[[str | None], Recipe | None],
+    gemms_of: Callable[..., Gemms] = by_models,
 ) -> Array:
     """A linear map of the model, in FP8 or bfloat16: [T, F] in at least float32."""
     found = recipe_of(name)
-    y_TF = dot_bf16(now(x), w_DF) if found is None else fp8_dot(found, x, w_DF)
+    if found is None:
+        y_TF = dot_bf16(now(x), w_DF)
+    else:
+        y_TF = fp8_dot(found, x, w_DF, gemms_of(found, name, x, w_DF))
     return checkpoint_name(y_TF, name or "")
 
 
@@ -109,12 +146,15 @@ def grouped(
     used: Array,
     *,
     recipe_of: Callable[[str | None], Recipe | None],
+    grouped_dot: Callable[..., Array],
+    gemms_of: Callable[..., Gemms] = by_models,
 ) -> Array:
-    """The experts' product, as `Runtime.grouped_dot`."""
+    """The experts' product, as `Runtime.grouped_dot`, which is it where not in FP8."""
     found = recipe_of("experts")
     if found is None:
-        return grouped_dot(now(x), w_EDF, expert_n, used, jnp.bfloat16)
-    return fp8_grouped_dot(found, x, w_EDF, expert_n, used)
+        return grouped_dot(now(x), w_EDF, expert_n, used)
+    made = gemms_of(found, "experts", x, w_EDF)
+    return fp8_grouped_dot(found, x, w_EDF, expert_n, used, made)
 
 
 def kept_output(out: Array, lse: Array, *, form: str) -> tuple[Array, Array]:

@@ -32,6 +32,14 @@ class InUse(ValueError):
     """Another process works in the folder."""
 
 
+class NotFinite(FloatingPointError):
+    """A step whose loss, gradient or evaluation is no number."""
+
+    def __init__(self, step: int, text: str):
+        super().__init__(text)
+        self.step = step
+
+
 class Interrupt:
     """While entered, the first SIGINT or SIGTERM only sets `received`.
 
@@ -110,12 +118,13 @@ def check_finite(
     """Stops at the first step with a loss or gradient that is no number.
 
     Raises:
-      FloatingPointError: names the step and the value.
+      NotFinite: names the step and the value.
     """
     for name in names:
         if not math.isfinite(values[name]):
             value = float(values[name])
-            raise FloatingPointError(f"{name} is {value} at step {step}: {ADVICE}")
+            text = f"{name} is {value} at step {step}: {ADVICE}"
+            raise NotFinite(step, text)
 
 
 @jax.jit

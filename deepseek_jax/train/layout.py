@@ -1,20 +1,38 @@
 """What a run says first: on which devices, and how, its steps are computed. Ours."""
 
+import functools
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from deepseek_jax.config import Config
+from deepseek_jax.config import (
+    AUTO,
+    Config,
+    MTPConfig,
+    OptimConfig,
+    PipelineConfig,
+    TrainConfig,
+)
+from deepseek_jax.data.batch import Batch
 from deepseek_jax.parallel.mesh import AXES
 from deepseek_jax.parallel.pipeline import cost
+from deepseek_jax.runtime import XLA, Choice, noted, on_hopper
 from deepseek_jax.train import pipelined
+from deepseek_jax.train.objective import objective, totals
+from deepseek_jax.train.state import assemble, init_state
+from deepseek_jax.typing import Params
+
+Choices = dict[str, Choice]
 
 
 def lines(config: Config, devices: list[jax.Device] | None = None) -> Iterator[str]:
-    """A line each for devices and runtime, the mesh, the pipeline, idle devices.
+    """A line each for devices and runtime, kernels, mesh, pipeline, idle devices.
 
     Raises:
-      ValueError: a schedule that these sizes do not have.
+      ValueError: a schedule that these sizes do not have; or as `kernels`.
     """
     devices = jax.devices() if devices is None else devices
     mesh, runtime = config.mesh, config.runtime
@@ -24,6 +42,7 @@ def lines(config: Config, devices: list[jax.Device] | None = None) -> Iterator[s
         f"products {runtime.compute}, attention {runtime.attention}, "
         f"experts {runtime.experts}, remat {runtime.remat}"
     )
+    yield _kernels(kernels(config))
     if mesh.size > 1:
         sizes = {axis: getattr(mesh, axis) for axis in AXES}
         used = " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n > 1)
@@ -48,3 +67,79 @@ def _pipeline(config: Config) -> str:
         f"{schedule.microbatches} micro-batches: ranks idle {timing.share:.0%} of a "
         "step, if a forward and the parts of a backward take the same time"
     )
+
+
+def kernels(config: Config) -> Choices:
+    """Which implementation each callable of the runtime takes in this run's steps.
+
+    "all" stands for them where nothing has to be traced to know it.
+
+    Raises:
+      ValueError: the one demanded cannot do it; or under `runtime.strict`, one falls
+        back.
+    """
+    asked, hopper = config.runtime, on_hopper()
+    if asked.implementation == XLA:
+        return {"all": Choice(XLA, "demanded")}
+    if asked.implementation == AUTO and not (hopper or asked.strict):
+        return {"all": Choice(XLA, "not a Hopper GPU")}
+    found = _traced(_as_small(config), str(jax.config.jax_default_device))
+    slow = [
+        f"{name}: {choice.reason}" for name, choice in found.items() if choice.reason
+    ]
+    if asked.strict and slow:
+        raise ValueError(
+            "runtime.strict = True: must have a kernel for every callable, and these "
+            f"fall back to {XLA}: {'; '.join(slow)}"
+        )
+    return found
+
+
+def _as_small(config: Config) -> Config:
+    """A run whose layers are called with what this one's are, each kind but once."""
+    model, dense = config.model, min(config.model.num_dense, 1)
+    return Config(
+        model=replace(
+            model, num_layers=dense + 1, num_dense=dense, mtp=MTPConfig(depth=0)
+        ),
+        data=replace(
+            config.data, batch=config.data.batch // config.micro_batches, lanes=0
+        ),
+        optim=OptimConfig(horizon=1),
+        balance=config.balance,
+        train=TrainConfig(),
+        runtime=config.runtime,
+        mesh=replace(config.mesh, pipe=1),
+        pipeline=PipelineConfig(),
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _traced(config: Config, target: str) -> Choices:
+    """Traces a loss for what its callables decide for this target."""
+    parts = assemble(config, jax.devices()[: config.mesh.size])
+    state = jax.eval_shape(functools.partial(init_state, parts), 0)
+    shape = config.data.batch, config.data.length + 1
+    numbers = jax.ShapeDtypeStruct(shape, jnp.int32)
+    marks = jax.ShapeDtypeStruct(shape, jnp.bool_)
+    batch = Batch(numbers, numbers, numbers, marks, numbers)
+
+    def loss(params: Params, balance: Any, batch: Batch) -> Any:
+        counts = totals(parts, batch)
+        return objective(parts, params, balance, batch, counts, jnp.float32(0))
+
+    with noted() as choices:
+        jax.eval_shape(loss, state.params, state.balance, batch)
+    return dict(sorted(choices.items()))
+
+
+def _kernels(choices: Choices) -> str:
+    """Callables by what they take: "mosaic_gpu for attention; xla for ... (why)"."""
+    groups: dict[Choice, list[str]] = {}
+    for name, choice in choices.items():
+        groups.setdefault(choice, []).append(name)
+    texts = [
+        f"{implementation} for {', '.join(names)}" + f" ({reason})" * bool(reason)
+        for (implementation, reason), names in groups.items()
+    ]
+    return f"kernels: {'; '.join(texts)}"

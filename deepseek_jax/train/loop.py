@@ -11,12 +11,13 @@ arrays of a checkpoint, which all write together. Ours.
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 from deepseek_jax.checkpoint.folders import FOLDER
 from deepseek_jax.checkpoint.manager import Checkpoints
-from deepseek_jax.config import Config, flatten, to_dict
+from deepseek_jax.config import Config, TrainConfig, flatten, to_dict
 from deepseek_jax.parallel import processes
-from deepseek_jax.train import hooks, layout, start, writers
+from deepseek_jax.train import hooks, layout, numerics, start, writers
 from deepseek_jax.train.metrics import Recorder
 from deepseek_jax.train.start import Callback, Run
 from deepseek_jax.train.state import TrainState
@@ -82,35 +83,68 @@ def train(
     recorder: Recorder,
     interrupt: hooks.Interrupt,
 ) -> TrainState:
-    """Steps done+1 .. train.steps; the last one is evaluated and saved."""
+    """Steps done+1 .. train.steps; the last one is evaluated and saved.
+
+    Raises:
+      FloatingPointError: a number is not finite; named by map and layer where it is
+        one of a linear map's.
+    """
     config = opened.parts.config.train
     compiled = None
-    for step in range(done + 1, config.steps + 1):
-        batch = next(opened.rows)
-        if compiled is None:
-            recorder.progress.say("compiling the training step")
-            compiled = compile_step(opened.parts, state, batch)
-        state, metrics = compiled(state, batch)
-        recorder.take(step, metrics)
-        last, stopping = step == config.steps, interrupt.stopping()
-        evaluating = last or step % config.eval_every == 0
-        saving = last or stopping or step % config.checkpoint_every == 0
-        if not (evaluating or saving):
-            continue
-        recorder.flush()
-        eval_ce = None
-        if evaluating:
-            recorder.progress.wait(f"evaluating after step {step}")
-            record = opened.evaluate(state, step)
-            recorder.evaluated(step, record)
-            eval_ce = record["eval_ce"]
-        if saving:
-            hooks.check_params(step, state.params)
-            position = opened.rows.get_state()
-            checkpoints.save(step, state, position, opened.description, eval_ce)
-        recorder.restart_clock()
-        if stopping and not last:
-            raise hooks.Interrupted(f"stopped after step {step}, which is saved")
+    taken: dict[int, Any] = {}  # the last two batches, by their steps
+    try:
+        for step in range(done + 1, config.steps + 1):
+            taken = {step - 1: taken.get(step - 1), step: next(opened.rows)}
+            if compiled is None:
+                recorder.progress.say("compiling the training step")
+                compiled = compile_step(opened.parts, state, taken[step])
+            state, metrics = compiled(state, taken[step])
+            recorder.take(step, metrics)
+            stopping = interrupt.stopping()
+            if any(due(config, step, stopping)):
+                conclude(opened, state, step, checkpoints, recorder, stopping)
+            if stopping and step < config.steps:
+                raise hooks.Interrupted(f"stopped after step {step}, which is saved")
+    except hooks.NotFinite as error:
+        recorder.progress.say("looking for the first number that is not finite")
+        where = numerics.explained(opened.parts, state, taken[error.step])
+        raise FloatingPointError(f"{error}; {where}") from None
     if done >= config.steps:  # fewer steps are asked for than were done
         recorder.evaluated(done, opened.evaluate(state, done))
     return state
+
+
+def due(config: TrainConfig, step: int, stopping: bool) -> tuple[bool, bool]:
+    """Whether a step is evaluated, and whether it is saved."""
+    last = step == config.steps
+    evaluated = last or step % config.eval_every == 0
+    return evaluated, last or stopping or step % config.checkpoint_every == 0
+
+
+def conclude(
+    opened: Run,
+    state: TrainState,
+    step: int,
+    checkpoints: Checkpoints,
+    recorder: Recorder,
+    stopping: bool,
+) -> None:
+    """Evaluates and saves the state after a step, as far as that is due.
+
+    Raises:
+      FloatingPointError: a loss, gradient or parameter is not finite.
+      checkpoint.manager.DiskFull: there is no room for the checkpoint.
+    """
+    evaluated, saved = due(opened.parts.config.train, step, stopping)
+    recorder.flush()
+    eval_ce = None
+    if evaluated:
+        recorder.progress.wait(f"evaluating after step {step}")
+        record = opened.evaluate(state, step)
+        recorder.evaluated(step, record)
+        eval_ce = record["eval_ce"]
+    if saved:
+        hooks.check_params(step, state.params)
+        position = opened.rows.get_state()
+        checkpoints.save(step, state, position, opened.description, eval_ce)
+    recorder.restart_clock()

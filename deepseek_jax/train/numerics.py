@@ -28,6 +28,7 @@ from deepseek_jax.precision.recipe import recipe
 from deepseek_jax.schedule import piecewise
 from deepseek_jax.train.objective import objective, totals
 from deepseek_jax.train.state import Parts, TrainState
+from deepseek_jax.train.step import micro_batches
 from deepseek_jax.typing import Array
 
 # What observing adds to the variables.
@@ -198,6 +199,30 @@ def record(looked: Looked) -> dict[str, Any]:
                 where: (lost[where] / total[where]).tolist() for where in maps
             }
     return values
+
+
+def recorder(parts: Parts) -> Callable[[TrainState, Batch], dict[str, Any]] | None:
+    """`record` of a micro-batch's rows of a batch; None: nothing is in 8 bits.
+
+    Nor under a pipeline, whose ranks were not made to hold whole gradients.
+    """
+    config = parts.config
+    rounds = policy.pieces(config.runtime.compute, config.runtime.fp8)
+    if not rounds or config.pipeline.schedule != "none":
+        return None
+
+    @jax.jit
+    def looked(state: TrainState, batch: Batch) -> Looked:
+        few = jax.tree.map(lambda x: x[0], micro_batches(batch, config.micro_batches))
+        return look(parts, state, few)
+
+    return lambda state, batch: record(jax.device_get(looked(state, batch)))
+
+
+def explained(parts: Parts, state: TrainState, batch: Batch) -> str:
+    """`first_not_finite` of a batch whose step changed nothing."""
+    looked = jax.jit(functools.partial(look, parts))(state, batch)
+    return first_not_finite(jax.device_get(looked))
 
 
 def first_not_finite(looked: Looked) -> str:

@@ -20,7 +20,7 @@ from deepseek_jax.data import pipeline
 from deepseek_jax.data.cache import default_cache
 from deepseek_jax.data.sources import open_corpus
 from deepseek_jax.parallel import processes
-from deepseek_jax.train import hooks, pipelined, trackers, writers
+from deepseek_jax.train import hooks, layout, numerics, pipelined, trackers, writers
 from deepseek_jax.train.evaluate import evaluate, make_evaluate_batch
 from deepseek_jax.train.metrics import Recorder
 from deepseek_jax.train.state import Parts, TrainState, assemble, init_state
@@ -40,6 +40,7 @@ class Run(NamedTuple):
     tokenizer: tokenizers.Tokenizer
     rows: Any  # the training iterator, of global batches
     evaluate: Callable[[TrainState, int], writers.Record]  # of the state after a step
+    evaluate_batch: Any = None  # its program
 
 
 def continuing(config: Config, workdir: Path, say: Say) -> Config:
@@ -85,21 +86,25 @@ def is_finished(config: Config, workdir: Path) -> bool:
     return any(r["step"] == step and "eval_ce" in r for r in records)
 
 
-def open_run(config: Config, workdir: Path) -> Run:
+def open_run(config: Config, workdir: Path, like: Run | None = None) -> Run:
     """Assembles the model and opens the corpus and the tokenizer.
+
+    Args:
+      like: a run that differs in scalars alone, whose evaluation this one shares.
 
     Raises:
       ValueError: a setting does not fit the devices, or the data, or names a tracker
-        that is not here.
+        that is not here; or there is no kernel where there has to be one.
     """
     trackers.names(config.train.trackers)
     if config.pipeline.schedule != "none":
         pipelined.plan(config)
     parts = processes.together(lambda: assemble(config))
-    return processes.first_then_all(lambda: open_data(parts, workdir))
+    processes.together(lambda: layout.kernels(config))
+    return processes.first_then_all(lambda: open_data(parts, workdir, like))
 
 
-def open_data(parts: Parts, workdir: Path) -> Run:
+def open_data(parts: Parts, workdir: Path, like: Run | None = None) -> Run:
     """Opens the corpus and the tokenizer, which a run's first start builds.
 
     Raises:
@@ -122,9 +127,18 @@ def open_data(parts: Parts, workdir: Path) -> Run:
     )
     rows = processes.Rows(parts.mesh, own)
     validation = pipeline.validation(config.data, corpus, tokenizer, depth=depth)
-    description = metadata.describe(config, corpus.hash, corpus.domains, tokenizer.hash)
-    evaluate_after = make_evaluator(parts, validation, corpus.domains, workdir)
-    return Run(parts, description, tokenizer, rows, evaluate_after)
+    description = metadata.describe(
+        config,
+        corpus.hash,
+        corpus.domains,
+        tokenizer.hash,
+        {name: chosen._asdict() for name, chosen in layout.kernels(config).items()},
+    )
+    program = (like and like.evaluate_batch) or make_evaluate_batch(
+        parts, len(corpus.domains)
+    )
+    evaluate_after = make_evaluator(parts, program, validation, corpus.domains, workdir)
+    return Run(parts, description, tokenizer, rows, evaluate_after, program)
 
 
 def check(run: Run, workdir: Path) -> None:
@@ -143,10 +157,17 @@ def check(run: Run, workdir: Path) -> None:
 
 
 def make_evaluator(
-    parts: Parts, validation: Iterable[Any], domains: tuple[str, ...], workdir: Path
+    parts: Parts,
+    evaluate_batch: Any,
+    validation: Iterable[Any],
+    domains: tuple[str, ...],
+    workdir: Path,
 ) -> Callable[[TrainState, int], writers.Record]:
-    """The evaluation over the whole validation set, which keeps its probe on disk."""
-    evaluate_batch = make_evaluate_batch(parts, len(domains))
+    """The evaluation over the whole validation set, which keeps its probe on disk.
+
+    In FP8 it says, too, what its first batch loses.
+    """
+    lost = numerics.recorder(parts)
 
     def evaluate_after(state: TrainState, step: int) -> writers.Record:
         previous = writers.previous_probe(workdir, step)
@@ -154,7 +175,10 @@ def make_evaluator(
         result = evaluate(evaluate_batch, parts, state, batches, domains, previous)
         if processes.is_first():
             writers.save_probe(workdir, step, result.probe)
-        return result.metrics
+        if lost is None:
+            return result.metrics
+        first = processes.share(parts.mesh, next(iter(validation)))
+        return result.metrics | lost(state, first)
 
     return evaluate_after
 

@@ -4,6 +4,7 @@ The balancer's state stands beside the parameters, outside the optimizer: no gra
 no decay, never below float32 (arXiv:2412.19437, section 2.1.2).
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from deepseek_jax.optim.adamw import adamw
 from deepseek_jax.optim.schedules import learning_rate
 from deepseek_jax.parallel import expert, partition
 from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel.rows import on_devices
 from deepseek_jax.typing import Array, Params
 
 
@@ -54,7 +56,9 @@ def assemble(config: Config, devices: Sequence[jax.Device] | None = None) -> Par
     """
     balancer = balancing.build(config.balance, config.model.moe)
     mesh = meshes.make(config.mesh, devices)
-    rt = expert.on_mesh(runtime.build(config.runtime), config, mesh)
+    rows = functools.partial(on_devices, mesh=mesh) if mesh.size > 1 else None
+    one = runtime.build(config.runtime, rows)
+    rt = expert.on_mesh(one, config, mesh)
     schedule = learning_rate(config.optim)
     return Parts(
         config,

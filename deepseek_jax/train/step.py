@@ -24,6 +24,7 @@ from deepseek_jax.train.state import Parts, TrainState, init_state, shardings
 from deepseek_jax.typing import Array, Params
 
 Metrics = dict[str, Array]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 # Of two orders of a program, the one whose largest memory is smaller.
 COMPILER_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
@@ -81,10 +82,8 @@ def accumulate(
     return jax.lax.scan(add, zeros, batches)[0]
 
 
-def make_step(
-    parts: Parts,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step; it donates the state. Metrics stay on the device."""
+def plain_step(parts: Parts) -> Step:
+    """The step as a pure function, to be compiled or mapped over runs."""
     config = parts.config
     gradients = accumulate
     if config.pipeline.schedule != "none":
@@ -113,9 +112,10 @@ def make_step(
         balance = jax.vmap(parts.balancer.update, (0, 0, None))(
             state.balance, stats, state.step
         )
+        norm = optax.tree.norm(grads)
         metrics = {
             **losses._asdict(),
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
             "lr": parts.learning_rate(state.step),
             "speed": parts.balancer.speed(state.step),
             "load": load_RE,
@@ -129,12 +129,19 @@ def make_step(
             balance,
             state.key,
         )
-        return new, metrics
+        # What is not finite changes nothing, so that it can still be looked for.
+        sound = jnp.isfinite(losses.loss) & jnp.isfinite(norm)
+        return jax.tree.map(functools.partial(jnp.where, sound), new, state), metrics
 
+    return step
+
+
+def make_step(parts: Parts) -> Step:
+    """The jitted step; it donates the state. Metrics stay on the device."""
     state = jax.eval_shape(functools.partial(init_state, parts), 0)
     placed = shardings(parts, state)
     return jax.jit(
-        step,
+        plain_step(parts),
         in_shardings=(placed, meshes.by_rows(parts.mesh)),
         out_shardings=(placed, meshes.replicated(parts.mesh)),
         donate_argnums=0,
@@ -143,11 +150,16 @@ def make_step(
 
 
 def compile_step(parts: Parts, state: TrainState, batch: Batch) -> Any:
-    """`make_step`, compiled for these shapes; what the compiler used is given back.
+    """`make_step`, compiled for these shapes."""
+    return compiled(make_step(parts), state, batch)
+
+
+def compiled(step: Any, *arguments: Any) -> Any:
+    """A jitted function for these shapes; what the compiler used is given back.
 
     Without that the C library would keep it: on a CPU, half a gigabyte.
     """
-    compiled = make_step(parts).lower(state, batch).compile()
+    program = step.lower(*arguments).compile()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
         trim(0)
-    return compiled
+    return program

@@ -51,7 +51,7 @@ def cancel(workdir: Path) -> int:
     return 0
 
 
-def retry(workdir: Path, failed: bool, workers: int) -> int:
+def retry(workdir: Path, failed: bool, workers: int, vectorize: int) -> int:
     """Starts again what is unfinished, or only what has failed."""
     if (workdir / script.NAME).exists():
         return submit(workdir, failed)
@@ -59,7 +59,8 @@ def retry(workdir: Path, failed: bool, workers: int) -> int:
     planned = plan.read(workdir)
     plan.check_folders(planned, workdir)
     with watch.running(workdir):
-        return report_of(workdir, local.run(planned, workdir, workers, only=names))
+        code = local.run(planned, workdir, workers, only=names, vectorize=vectorize)
+        return report_of(workdir, code)
 
 
 def unfinished(standings: list[watch.Standing], failed: bool = False) -> list[str]:
@@ -121,6 +122,9 @@ def main(verb: str, *arguments: str) -> int:
         )
         parser.add_argument(
             "--workers", type=int, default=1, help="runs at a time, on this machine"
+        )
+        parser.add_argument(
+            "--vectorize", type=int, default=1, metavar="N", help="runs in one program"
         )
     options = vars(parser.parse_args(arguments))
     del options["traceback"]

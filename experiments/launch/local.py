@@ -1,9 +1,10 @@
 """Runs a sweep's runs as processes on this machine, a folder each.
 
 Finished runs are skipped, the others start or go on; one that fails does not stop the
-rest. Workers share the CPU's cores evenly: XLA sizes its thread pools by the cores that
-a process may use. Runs share a compilation cache, since those that differ only in a
-seed are the same program; results do not depend on it.
+rest. Some may share a process, as one program (`launch.population`). Workers share the
+CPU's cores evenly: XLA sizes its thread pools by the cores that a process may use. Runs
+share a compilation cache, since those that differ only in a seed are the same program;
+results do not depend on it.
 """
 
 import json
@@ -21,12 +22,13 @@ from typing import IO, Any
 
 from deepseek_jax.analysis import runs, seeds, tables
 from deepseek_jax.analysis.runs import DONE, FAILED, PENDING, RUNNING
-from deepseek_jax.train.hooks import Interrupt, clock
+from deepseek_jax.train.hooks import Interrupt
 from experiments.common import INTERRUPTED, PARENT
+from experiments.launch import population
 from experiments.launch.plan import Item, Plan, flag
+from experiments.launch.progress import Progress
 
 POLL_S = 0.5
-QUIET_S = 30.0  # between progress lines where the output is no terminal
 CACHE = ".jax_cache"
 NO_RESULT = "ended without a final evaluation"
 
@@ -123,9 +125,9 @@ class State:
 
 @dataclass
 class Job:
-    """A process that makes a run."""
+    """A process that makes a run, or several as one program."""
 
-    name: str
+    names: list[str]
     process: subprocess.Popen[bytes]
     log: IO[bytes]
     cores: list[int]
@@ -141,18 +143,27 @@ def run(
     workers: int = 1,
     command: Command = train_command,
     only: Collection[str] | None = None,
+    vectorize: int = 1,
 ) -> int:
     """Runs what is not done yet; the exit code: 0, 1 if a run failed, 130 on Ctrl-C.
 
     Args:
-      workers: runs at a time.
+      workers: processes at a time.
       only: the runs to look at, None for all.
+      vectorize: runs that differ only in scalars and seed and become one program.
+
+    Raises:
+      ValueError: such a run needs more than a device.
     """
     state = State(plan, workdir)
     progress = Progress(state)
-    waiting = [n for n in state.named(PENDING) if only is None or n in only]
+    names = [n for n in state.named(PENDING) if only is None or n in only]
+    waiting = [[name] for name in names]
     if finished := state.named(DONE):
         progress.say(f"{len(finished)} of {len(plan.items)} runs are done already")
+    if vectorize > 1 and names:
+        waiting = population.teams(plan, names, vectorize)
+        progress.say(population.told(waiting, vectorize))
     free = shares(max(1, min(workers, len(waiting))))
     jobs: list[Job] = []
     with Interrupt(progress.say) as interrupt:
@@ -165,59 +176,80 @@ def run(
                     jobs.remove(job)
                     free.append(job.cores)
                     finish(state, job, progress)
-                progress.show([job.name for job in jobs])
+                progress.show([job.names for job in jobs])
         finally:
             stop(jobs)
     for job in jobs:
         if job.process.returncode == 0:
             finish(state, job, progress)
         else:
-            state.set(job.name, PENDING)
+            for name in job.names:
+                state.set(name, PENDING)
     if interrupt.received:
         progress.say("stopped; the same command goes on from here")
         return INTERRUPTED
     return 1 if state.named(FAILED) else 0
 
 
-def start(state: State, name: str, cores: list[int], command: Command) -> Job:
-    """Starts a run on some cores, its output going to the end of its log.txt."""
+def start(state: State, names: list[str], cores: list[int], command: Command) -> Job:
+    """Starts a run on some cores, its output going to the end of its log.txt.
+
+    Several are one process: each core is a device, and output is in the first's log.
+    """
+    name, *others = names
     folder = state.workdir / name
-    folder.mkdir(parents=True, exist_ok=True)
     words = command(state.plan, state.items[name], folder)
-    log = (folder / "log.txt").open("ab", buffering=0)
-    log.write(f"{runs.LOG_START}{shlex.join(words)}\n".encode())
     pid = str(os.getpid())
-    cache = str(state.workdir.absolute() / CACHE)
+    own = {"JAX_COMPILATION_CACHE_DIR": str(state.workdir.absolute() / CACHE)}
+    if others:
+        words = population.command(names, state.workdir)
+        own["JAX_NUM_CPU_DEVICES"] = str(len(cores or os.sched_getaffinity(0)))
+    logs = []
+    for each in names:
+        (state.workdir / each).mkdir(parents=True, exist_ok=True)
+        logs.append((state.workdir / each / "log.txt").open("ab", buffering=0))
+        logs[-1].write(f"{runs.LOG_START}{shlex.join(words)}\n".encode())
+    for unused in logs[1:]:
+        unused.close()
+    log = logs[0]
     with on_cores(cores):
         process = subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={"JAX_COMPILATION_CACHE_DIR": cache} | os.environ | {PARENT: pid},
+            env=own | os.environ | {PARENT: pid},
             start_new_session=True,  # Ctrl-C reaches it once, from here
         )
-    state.set(name, RUNNING)
-    return Job(name, process, log, cores)
+    for each in names:
+        state.set(each, RUNNING)
+    return Job(names, process, log, cores)
 
 
-def finish(state: State, job: Job, progress: "Progress") -> None:
-    """Notes how a run ended."""
+def finish(state: State, job: Job, progress: Progress) -> None:
+    """Notes how a process ended, for each of its runs."""
     job.log.close()
-    row, code = state.row(job.name), job.process.returncode
-    if code == 0 and row["eval_ce"] is not None:
-        state.set(job.name, DONE)
-        violation = row["maxvio_global"]
-        shown = "" if violation is None else f", MaxVio_global {violation:.3f}"
-        progress.say(f"{job.name}: done, validation loss {row['eval_ce']:.4f}{shown}")
-        return
-    state.set(job.name, FAILED)
-    log = state.workdir / job.name / "log.txt"
-    if code <= 0:  # a run that ends so says nothing itself
-        why = f"killed by {signal.Signals(-code).name}" if code else NO_RESULT
-        with log.open("a") as file:
-            file.write(f"\nerror: {why}\n")
-    progress.say(f"{job.name}: FAILED: {runs.last_error(log)}")
+    code, several = job.process.returncode, len(job.names) > 1
+    last = runs.last_error(state.workdir / job.names[0] / "log.txt")
+    for name in job.names:
+        row = state.row(name)
+        if (code == 0 or several) and row["eval_ce"] is not None:
+            state.set(name, DONE)
+            violation = row["maxvio_global"]
+            shown = "" if violation is None else f", MaxVio_global {violation:.3f}"
+            progress.say(f"{name}: done, validation loss {row['eval_ce']:.4f}{shown}")
+            continue
+        state.set(name, FAILED)
+        log = state.workdir / name / "log.txt"
+        why = ""
+        if code <= 0:  # a process that ends so says nothing itself
+            why = f"killed by {signal.Signals(-code).name}" if code else NO_RESULT
+        elif several and not runs.last_error(log).startswith("error:"):
+            why = last.removeprefix("error: ")
+        if why:
+            with log.open("a") as file:
+                file.write(f"\nerror: {why}\n")
+        progress.say(f"{name}: FAILED: {runs.last_error(log)}")
 
 
 def stop(jobs: Sequence[Job]) -> None:
@@ -256,48 +288,3 @@ def on_cores(cores: Iterable[int]) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
-
-
-class Progress:
-    """One live line on a terminal; elsewhere a plain line every half a minute."""
-
-    def __init__(self, state: State):
-        self.state, self.live = state, sys.stderr.isatty()
-        self.total = {n: item.config.train.steps for n, item in state.items.items()}
-        self.first = sum(state.steps().values())
-        self.shown = self.began = time.monotonic()
-
-    def say(self, text: str) -> None:
-        """Prints a line that stays."""
-        self._print(f"\r{text}\x1b[K\n" if self.live else f"{text}\n")
-
-    def show(self, active: Sequence[str]) -> None:
-        """Prints where the active runs stand and when the whole sweep may end."""
-        now = time.monotonic()
-        if not active or (not self.live and now - self.shown < QUIET_S):
-            return
-        self.shown = now
-        ended = len(self.state.named(DONE, FAILED))
-        parts = "  |  ".join(self._of(name) for name in active)
-        line = f"[{ended}/{len(self.total)}] {parts}  ETA {self._eta(now)}"
-        self._print(f"\r{line}\x1b[K" if self.live else f"{line}\n")
-
-    def _of(self, name: str) -> str:
-        record = self.state.followers[name].latest()
-        values = [
-            f"{key.removesuffix('_batch')} {record[key]:.4g}"
-            for key in self.state.plan.metrics
-            if isinstance(record.get(key), int | float)
-        ]
-        return " ".join([f"{name} {record.get('step', 0)}/{self.total[name]}", *values])
-
-    def _eta(self, now: float) -> str:
-        steps = self.state.steps()
-        made = sum(steps.values()) - self.first
-        unfinished = self.state.named(PENDING, RUNNING)
-        left = sum(self.total[name] - steps[name] for name in unfinished)
-        return clock(left * (now - self.began) / made) if made > 0 else "?"
-
-    def _print(self, text: str) -> None:
-        sys.stderr.write(text)
-        sys.stderr.flush()

@@ -37,7 +37,9 @@ def choice(
       x: anything with shapes and dtypes.
     """
     return choose(
-        implementation, lambda: mosaic_gpu.check(x, compute_dtype, scale=scale)
+        implementation,
+        lambda: mosaic_gpu.check(x, compute_dtype, scale=scale),
+        {"L": (x.q_nope.shape[1], 8)},
     )
 
 
@@ -65,8 +67,7 @@ def flash_mla(
       compute_dtype: what operands of products, and the five gradients, are rounded to;
         None keeps them. The kernel multiplies bfloat16 alone.
       keep: output and log-sum-exp to what is returned of the one, and kept of both for
-        the backward pass, named for `jax.checkpoint`. Of axes that it may see rows and
-        the value's width are last.
+        the backward pass, named for `jax.checkpoint`. The value's width is last.
       implementation: see `choice.choose`.
 
     Returns:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.choice import INTERPRETED, XLA, Choice, choose
+from pallas_kernels.choice import INTERPRETED, XLA, Choice, Tiled, choose
 from pallas_kernels.fp8_matmul import mosaic_gpu, reference
 
 Array = jax.Array
@@ -16,9 +16,21 @@ def choice(
     a_MK: Array, b_NK: Array, out_dtype: Any, implementation: str | None = None
 ) -> Choice:
     """Which implementation `fp8_matmul` takes for such operands, and why no faster."""
+    out_dtype = jnp.dtype(out_dtype)
     return choose(
-        implementation, lambda: mosaic_gpu.check(a_MK, b_NK, jnp.dtype(out_dtype))
+        implementation,
+        lambda: mosaic_gpu.check(a_MK, b_NK, out_dtype),
+        tiled(a_MK.shape, b_NK.shape, out_dtype),
     )
+
+
+def tiled(a_MK: tuple[int, ...], b_NK: tuple[int, ...], out_dtype: Any) -> Tiled:
+    """Of operands with these shapes, whose last axes are M, N and K."""
+    return {
+        "K": (a_MK[-1], 128),
+        "M": (a_MK[-2], 8),
+        "N": (b_NK[-2], 128 // out_dtype.itemsize),
+    }
 
 
 def fp8_matmul(

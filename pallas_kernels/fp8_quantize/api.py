@@ -6,7 +6,7 @@ gradients are.
 
 import jax
 
-from pallas_kernels.choice import INTERPRETED, XLA, Choice, choose
+from pallas_kernels.choice import INTERPRETED, XLA, Choice, Tiled, choose
 from pallas_kernels.fp8_quantize import mosaic_gpu, reference
 from pallas_kernels.fp8_quantize.reference import E4M3, MIN_AMAX, TILE, Block
 
@@ -17,7 +17,17 @@ def choice(
     x: Array, block: Block, turned: bool = False, implementation: str | None = None
 ) -> Choice:
     """Which implementation `quantize` takes for such an x, and why no faster one."""
-    return choose(implementation, lambda: mosaic_gpu.check(x, block, turned))
+    return choose(
+        implementation, lambda: mosaic_gpu.check(x, block, turned), _tiled(x, turned)
+    )
+
+
+def _tiled(x: Array, turned: bool) -> Tiled:
+    """Numbers have tiles of 8 x 128 bytes, and so have codes; turned, those of M."""
+    rows, columns = x.shape[-2:]
+    last = {"M ": (rows, 128)} if turned else {"N ": (columns, 128)}
+    wide = 64 if x.dtype.itemsize == 1 else 128 // x.dtype.itemsize
+    return {"M": (rows, 8), "N": (columns, wide), **last}
 
 
 def quantize(
@@ -84,6 +94,7 @@ def requantize(
     chosen = choose(
         implementation,
         lambda: mosaic_gpu.check(codes, TILE, True, (mosaic_gpu.CODES,)),
+        _tiled(codes, True),
     ).implementation
     if chosen == XLA:
         x = reference.dequantize(codes, scale, TILE)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.choice import INTERPRETED, XLA, Choice, choose
+from pallas_kernels.fp8_matmul.api import tiled
 from pallas_kernels.fp8_matmul.reference import DEPTH
 from pallas_kernels.grouped_fp8_matmul import mosaic_gpu, reference
 
@@ -31,7 +32,7 @@ def choice(
         mosaic_gpu.check_rows(rows)
         mosaic_gpu.check(a, b, jnp.dtype(out_dtype))
 
-    return choose(implementation, check)
+    return choose(implementation, check, tiled(a.shape, b.shape, jnp.dtype(out_dtype)))
 
 
 def grouped_fp8_matmul(

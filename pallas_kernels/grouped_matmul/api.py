@@ -29,8 +29,13 @@ def choice(
 ) -> Choice:
     """Which implementation `grouped_dot` takes for such operands, and why no faster."""
     dtypes = [compute_dtype or x.dtype for x in (x_nbD, w_EDF)]
+    axes = dict(zip("DF", w_EDF.shape[1:], strict=True))
+    # Operands have tiles of 64 numbers, results in float32 of 32.
+    tiled = {name: (size, 64 if size > 64 else 32) for name, size in axes.items()}
     return choose(
-        implementation, lambda: mosaic_gpu.check(x_nbD.shape, w_EDF.shape, *dtypes)
+        implementation,
+        lambda: mosaic_gpu.check(x_nbD.shape, w_EDF.shape, *dtypes),
+        tiled,
     )
 
 

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.choice import INTERPRET, MOSAIC_GPU, XLA
+from pallas_kernels.choice import MOSAIC_GPU, XLA
 from pallas_kernels.flash_mla import api, mosaic_gpu
 from pallas_kernels.flash_mla.reference import attention
 from pallas_kernels.flash_mla.shapes import SHAPES, Shape
-from pallas_kernels.testing import distance, interpreted
+from pallas_kernels.testing import KERNEL, distance, interpreted
 from tests.agreement import as_dtype
+from tests.pallas_kernels.marks import simulated
 
 CI = SHAPES["ci"]
 # Of the value and of the five gradients, with operands and results in bfloat16.
@@ -79,14 +80,14 @@ def test_xla_is_the_oracle(name):
 
 @pytest.mark.parametrize("name", CI)
 def test_the_kernels_are_the_oracle(name):
-    check(CI[name], interpreted, INTERPRET, seed=1)
+    check(CI[name], interpreted, KERNEL, seed=1)
 
 
 def test_documents_scattered_over_the_row():
     shape = Shape(1, 150, 1, 1, N=16, R=16, O=16, segments=True)
     floats, _ = operands(shape, 2)
     segment = jnp.asarray(np.random.default_rng(2).integers(-2, 2, (1, 150)))
-    call = functools.partial(with_gradients, of(shape, INTERPRET))
+    call = functools.partial(with_gradients, of(shape, KERNEL))
     actual = interpreted(call)(floats, segment)
     errors = map(distance, actual, exact(shape, floats, segment))
     assert all(map(np.less_equal, errors, BOUNDS))
@@ -104,7 +105,7 @@ def test_tiles_of_other_documents_are_left_out():
 def test_scores_beyond_the_range_of_exp_do_not_overflow():
     shape = Shape(1, 140, 1, 1, N=16, R=16, O=16)
     (*floats, _), _ = operands(shape, 3)
-    call = functools.partial(api.flash_mla, scale=300.0, implementation=INTERPRET)
+    call = functools.partial(api.flash_mla, scale=300.0, implementation=KERNEL)
     actual = interpreted(call)(*floats)
     with jax.enable_x64(True):
         wide = as_dtype(floats, jnp.float64)
@@ -116,9 +117,9 @@ def test_wider_operands_are_rounded_if_asked_to():
     shape = Shape(1, 9, 1, 1, N=16, R=16, O=16)
     floats, _ = operands(shape, 4)
     wide = as_dtype(floats, jnp.float32)
-    call = of(shape, INTERPRET, compute_dtype=jnp.bfloat16)
+    call = of(shape, KERNEL, compute_dtype=jnp.bfloat16)
     actual = interpreted(functools.partial(with_gradients, call))(wide, None)
-    narrow = of(shape, INTERPRET)
+    narrow = of(shape, KERNEL)
     expected = interpreted(functools.partial(with_gradients, narrow))(floats, None)
     assert all(x.dtype == jnp.float32 for x in actual)
     for got, want in zip(actual, expected, strict=True):
@@ -146,10 +147,11 @@ def test_what_the_kernel_does_not_do_is_refused_or_done_by_xla(name):
     x, options = described(shape, dtype), {"scale": 0.1} | options
     call = functools.partial(api.flash_mla, **options)
     with pytest.raises(NotImplementedError, match=message):
-        jax.eval_shape(functools.partial(call, implementation=INTERPRET), *x)
+        jax.eval_shape(functools.partial(call, implementation=KERNEL), *x)
     assert jax.eval_shape(call, *x).dtype == jnp.float32
 
 
+@simulated
 def test_without_a_gpu_the_reason_for_xla_is_given():
     x = mosaic_gpu.Operands(*described(V3, jnp.bfloat16), None)
     name, reason = api.choice(x, scale=0.1)

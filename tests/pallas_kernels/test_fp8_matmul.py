@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.choice import INTERPRET, XLA
+from pallas_kernels.choice import XLA
 from pallas_kernels.fp8_matmul import api, reference
 from pallas_kernels.fp8_matmul.shapes import SHAPES, Shape
 from pallas_kernels.fp8_quantize.reference import BLOCK, TILE, quantize
-from pallas_kernels.testing import Suite, distance
+from pallas_kernels.testing import KERNEL, Suite, distance
+from tests.pallas_kernels.fp8_oracle import BOUND
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -28,7 +29,7 @@ SUITE = Suite(
     oracle=reference.matmul_oracle,
     inputs=inputs,
     shapes=SHAPES["ci"],
-    bound=1e-6,
+    bound=BOUND,
 )
 
 
@@ -39,7 +40,7 @@ def test_xla_is_the_oracle(shape):
 
 @pytest.mark.parametrize("shape", ["weights", "ragged", "gradient", "one tile"])
 def test_the_kernel_is_the_oracle(shape):
-    SUITE.check_values(INTERPRET, shape, seed=1)
+    SUITE.check_values(KERNEL, shape, seed=1)
 
 
 def test_the_oracle_is_what_plain_loops_compute():
@@ -59,7 +60,7 @@ def test_every_128_are_summed_apart_and_then_scaled():
     codes = [x.astype(jnp.float8_e4m3fn) for x in (a, b)]
     scale = jnp.repeat(jnp.array([[2.0**16, 0.5]]), 4, 0)
     operands = codes[0], scale, codes[1], jnp.ones((1, 2))
-    for implementation in (XLA, INTERPRET):
+    for implementation in (XLA, KERNEL):
         out = SUITE.run(implementation, *operands)
         np.testing.assert_array_equal(out, np.full((4, 16), 2.0**24 + 64))
 
@@ -67,7 +68,7 @@ def test_every_128_are_summed_apart_and_then_scaled():
 def test_the_result_has_the_dtype_asked_for():
     operands = inputs(jax.random.key(0), SHAPES["ci"]["one tile"])
     wide = api.fp8_matmul(*operands)
-    for implementation in (XLA, INTERPRET):
+    for implementation in (XLA, KERNEL):
         run = jax.jit(
             lambda *x, name=implementation: api.fp8_matmul(
                 *x, out_dtype=jnp.bfloat16, implementation=name
@@ -97,7 +98,7 @@ def test_the_kernel_says_what_it_does_not_do(shape, dtype, out_dtype, complaint)
     operands = a, jnp.ones((shape.M, tiles)), b, jnp.ones((1, tiles))
     call = functools.partial(api.fp8_matmul, *operands, out_dtype=out_dtype)
     with pytest.raises(NotImplementedError, match=complaint):
-        call(implementation=INTERPRET)
+        call(implementation=KERNEL)
     out = jax.eval_shape(call)  # XLA does
     assert out.shape == shape[:2] and out.dtype == out_dtype
 

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.choice import INTERPRET, XLA
+from pallas_kernels.choice import XLA
 from pallas_kernels.fp8_quantize.reference import BLOCK, TILE, quantize
 from pallas_kernels.grouped_fp8_matmul import api, reference
 from pallas_kernels.grouped_matmul.shapes import SHAPES
-from pallas_kernels.testing import Suite, distance
+from pallas_kernels.testing import KERNEL, Suite, distance
+from tests.pallas_kernels.fp8_oracle import BOUND
 
 CI = SHAPES["ci"]
 
@@ -56,19 +57,19 @@ FORWARD = Suite(
     oracle=reference.blocks_oracle,
     inputs=forward_inputs,
     shapes=CI,
-    bound=1e-6,
+    bound=BOUND,
 )
 GRADIENT = Suite(
     operation=weight_gradient,
     oracle=functools.partial(reference.weight_gradient_oracle, experts=5),
     inputs=gradient_inputs,
     shapes=CI,
-    bound=1e-6,
+    bound=BOUND,
 )
 
 
 @pytest.mark.parametrize("shape", ["plain", "ragged", "none used"])
-@pytest.mark.parametrize("implementation", [XLA, INTERPRET])
+@pytest.mark.parametrize("implementation", [XLA, KERNEL])
 @pytest.mark.parametrize("suite", [FORWARD, GRADIENT], ids=["forward", "gradient"])
 def test_every_implementation_is_the_oracle(suite, implementation, shape):
     suite.check_values(implementation, shape)
@@ -102,7 +103,7 @@ def test_the_kernel_says_what_it_does_not_do():
         2,
     )
     with pytest.raises(NotImplementedError, match=r"64 rows.*wants 128"):
-        call(implementation=INTERPRET)
+        call(implementation=KERNEL)
     assert jax.eval_shape(call).shape == (2, 64, 16)  # XLA does
 
 

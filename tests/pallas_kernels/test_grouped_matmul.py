@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.choice import INTERPRET, XLA
+from pallas_kernels.choice import XLA
 from pallas_kernels.grouped_matmul import api
 from pallas_kernels.grouped_matmul.reference import grouped_dot, grouped_dot_oracle
 from pallas_kernels.grouped_matmul.shapes import SHAPES, Shape
-from pallas_kernels.testing import Suite
+from pallas_kernels.testing import KERNEL, Suite
 from tests.agreement import as_dtype, assert_agree, matmul_dtypes, with_gradients
 
 EXPERTS, ROWS, WIDTH, OUT = 5, 3, 7, 9
@@ -147,11 +147,11 @@ SUITE = Suite(
 
 @pytest.mark.parametrize("shape", ["ragged", "one block", "tall blocks"])
 def test_the_kernel_is_the_oracle(shape):
-    SUITE.check_values(INTERPRET, shape)
+    SUITE.check_values(KERNEL, shape)
 
 
 @pytest.mark.parametrize("shape", ["ragged", "none used"])
-@pytest.mark.parametrize("implementation", [XLA, INTERPRET])
+@pytest.mark.parametrize("implementation", [XLA, KERNEL])
 def test_its_gradients_are_the_oracle_s(implementation, shape):
     # Both are rounded to bfloat16, the operands' type, from slightly different numbers.
     suite = dataclasses.replace(SUITE, bound=1e-3)
@@ -172,7 +172,7 @@ def test_master_weights_are_rounded_and_their_gradient_is_not():
         return jax.grad(loss, (0, 1))(x, w)
 
     got, want = (
-        jax.jit(gradients, static_argnums=2)(x, w, name) for name in (INTERPRET, XLA)
+        jax.jit(gradients, static_argnums=2)(x, w, name) for name in (KERNEL, XLA)
     )
     assert all(x.dtype == jnp.float32 for x in got)
     assert_agree(got, want, 1e-5)
@@ -192,7 +192,7 @@ def test_the_kernel_says_what_it_does_not_do(shape, dtype, complaint):
     w = jnp.zeros((shape.E, shape.D, shape.F), dtype)
     call = functools.partial(api.grouped_dot, x, w, jnp.zeros(shape.n, int), shape.used)
     with pytest.raises(NotImplementedError, match=complaint):
-        call(implementation=INTERPRET)
+        call(implementation=KERNEL)
     assert jax.eval_shape(call).shape == (shape.n, shape.rows, shape.F)  # XLA does
 
 

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.choice import INTERPRET, INTERPRETED, MOSAIC_GPU, XLA
+from pallas_kernels.choice import INTERPRETED, MOSAIC_GPU, XLA
 from pallas_kernels.mla_decode import api, mosaic_gpu
 from pallas_kernels.mla_decode.reference import latent_attention_oracle
 from pallas_kernels.mla_decode.shapes import SHAPES, Shape
-from pallas_kernels.testing import distance, interpreted
+from pallas_kernels.testing import KERNEL, distance, interpreted
 from tests.agreement import as_dtype
+from tests.pallas_kernels.marks import simulated
 
 CI = SHAPES["ci"]
 SCALE = 0.2
@@ -54,21 +55,21 @@ def check(out, x):
     assert distance(out, exact(x)) <= BOUND
 
 
-@pytest.mark.parametrize("implementation", [XLA, INTERPRET])
+@pytest.mark.parametrize("implementation", [XLA, KERNEL])
 @pytest.mark.parametrize("name", CI)
 def test_it_is_the_oracle(name, implementation, monkeypatch):
     # Few shares of the work, so that the simulator is not long in idle blocks.
     monkeypatch.setattr(mosaic_gpu, "PROCESSORS", 2)
     x = operands(CI[name], seed=1)
     call = functools.partial(api.mla_decode, scale=SCALE, implementation=implementation)
-    check((interpreted if implementation == INTERPRET else jax.jit)(call)(*x), x)
+    check((interpreted if implementation == KERNEL else jax.jit)(call)(*x), x)
 
 
 @pytest.mark.parametrize("parts", [1, 5])
 def test_however_the_work_is_shared(parts):
     x = operands(Shape(3, 1, 2, 320, C=32, R=16), seed=2)
     run = functools.partial(
-        mosaic_gpu.attend, scale=SCALE, parts=parts, interpret=INTERPRETED[INTERPRET]
+        mosaic_gpu.attend, scale=SCALE, parts=parts, interpret=INTERPRETED.get(KERNEL)
     )
     check(interpreted(run)(*x), x)
 
@@ -98,7 +99,7 @@ def test_shares_cover_every_tile_once(last, parts):
 def test_positions_beyond_the_cache_see_all_of_it():
     *x, _, _ = operands(Shape(1, 1, 2, 70, C=32, R=16), seed=3)
     far = jnp.array([[1000]])
-    call = functools.partial(api.mla_decode, scale=SCALE, implementation=INTERPRET)
+    call = functools.partial(api.mla_decode, scale=SCALE, implementation=KERNEL)
     expected = exact((*x, far, None))
     assert distance(interpreted(call)(*x, far), expected) <= BOUND
 
@@ -127,17 +128,18 @@ def test_what_the_kernel_does_not_do_is_refused_or_done_by_xla(name):
     x = described(shape, *dtypes)
     call = functools.partial(api.mla_decode, scale=SCALE)
     with pytest.raises(NotImplementedError, match=message):
-        jax.eval_shape(functools.partial(call, implementation=INTERPRET), *x)
+        jax.eval_shape(functools.partial(call, implementation=KERNEL), *x)
     assert jax.eval_shape(call, *x).shape == x[0].shape
 
 
 def test_queries_are_rounded_if_asked_to():
     x = described(V3, query=jnp.float32)
-    options = {"scale": SCALE, "compute_dtype": BF16, "implementation": INTERPRET}
+    options = {"scale": SCALE, "compute_dtype": BF16, "implementation": KERNEL}
     out = jax.eval_shape(functools.partial(api.mla_decode, **options), *x)
     assert out.dtype == jnp.float32
 
 
+@simulated
 def test_without_a_gpu_the_reason_for_xla_is_given():
     x = described(V3)
     name, reason = api.choice(*x[:4], x[5])

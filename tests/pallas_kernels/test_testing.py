@@ -9,6 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import choice, testing
 from pallas_kernels.choice import INTERPRET, INTERPRETED, XLA
+from tests.pallas_kernels.marks import simulated
 
 
 def doubled(x, start=0, *, wait=True):
@@ -41,10 +42,12 @@ def doubled(x, start=0, *, wait=True):
 X = jnp.arange(128, dtype=jnp.float32)
 
 
+@simulated
 def test_a_kernel_that_waits_does_not_race():
     assert (testing.interpreted(doubled)(X) == 2 * X).all()
 
 
+@simulated
 def test_a_race_is_found_though_a_later_kernel_has_none():
     def both(x):
         return doubled(x), doubled(x, wait=False), doubled(x)
@@ -53,6 +56,7 @@ def test_a_race_is_found_though_a_later_kernel_has_none():
         testing.interpreted(both)(X)
 
 
+@simulated
 def test_a_kernel_that_fails_leaves_nothing_behind():
     with pytest.raises(Exception, match="Out-of-bounds read"):
         testing.interpreted(doubled)(X, 64)
@@ -121,6 +125,7 @@ def unable():
     raise NotImplementedError("K = 3: the kernel wants a multiple of 16")
 
 
+@simulated
 def test_the_fastest_that_can_is_chosen_and_says_why():
     on_cpu = choice.choose(None, able)
     assert on_cpu.implementation == XLA
@@ -129,6 +134,7 @@ def test_the_fastest_that_can_is_chosen_and_says_why():
     assert choice.choose(INTERPRET, able) == (INTERPRET, "")
 
 
+@simulated
 def test_what_is_demanded_is_not_replaced():
     with pytest.raises(NotImplementedError, match="multiple of 16"):
         choice.choose(INTERPRET, unable)

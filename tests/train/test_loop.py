@@ -267,9 +267,17 @@ def test_fewer_steps_than_were_done_are_evaluated_and_kept(tmp_path):
     assert train.run(config(steps=5), tmp_path) == records
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoints(tmp_path, whole):
+def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoints(
+    tmp_path, whole, monkeypatch
+):
+    def explained(parts, state, batch):
+        return f"row {batch:g} was looked at"
+
+    monkeypatch.setattr(loop.numerics, "explained", explained)
     POISON["row"] = 7
-    with pytest.raises(FloatingPointError, match=r"loss is -?inf at step 7"):
+    with pytest.raises(
+        FloatingPointError, match=r"loss is -?inf at step 7.*; row 7 was looked at"
+    ):
         train.run(config(), tmp_path / "run")
     assert folders.steps(tmp_path / "run" / "checkpoints") == [4]
     assert max(r["step"] for r in read(tmp_path / "run" / "metrics.jsonl")) == 6

@@ -128,3 +128,16 @@ def test_what_remat_drops_is_not_kept():
         sizes.append(compiled.memory_analysis().temp_size_in_bytes)
     none, products, full = sizes
     assert none > 1.2 * products > 1.2 * full
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    config = small()
+    parts = assemble(config)
+    state = init_state(parts, 0)
+    broken = state._replace(
+        params=state.params | {"head": state.params["head"].at[0, 0].set(np.inf)}
+    )
+    before = jax.tree.map(np.asarray, broken)
+    after, metrics = make_step(parts)(broken, random_batch(config))
+    assert not np.isfinite(metrics["loss"])
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, after))

@@ -1,0 +1,289 @@
+"""The kernels behind a Runtime's callables: which one runs, and why not a faster one.
+
+Each callable decides when a program is traced, from the shapes and dtypes at hand and
+the device that is compiled for. What no kernel does is computed as without them, unless
+an implementation was demanded. `noted` tells what was decided. Ours.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.precision import recipe as recipes
+from deepseek_jax.precision.fp8_dots import MODELS, Blocks, Gemms, Recipe
+from deepseek_jax.precision.later import Later
+from deepseek_jax.precision.quantize import Quantized, Scheme
+from deepseek_jax.typing import Array
+from pallas_kernels.choice import (
+    INTERPRET,
+    MOSAIC_GPU,
+    XLA,
+    Choice,
+    choose,
+    require_hopper,
+)
+from pallas_kernels.flash_mla import api as flash_mla
+from pallas_kernels.flash_mla.mosaic_gpu import Operands
+from pallas_kernels.fp8_matmul import api as fp8_matmul
+from pallas_kernels.fp8_quantize import api as fp8_quantize
+from pallas_kernels.fp8_quantize.reference import BLOCK, E4M3, TILE
+from pallas_kernels.grouped_fp8_matmul import api as grouped_fp8
+from pallas_kernels.grouped_matmul import api as grouped_matmul
+from pallas_kernels.mla_decode import api as mla_decode
+
+Split = Callable[..., Callable[..., Any]]  # Runtime.rows
+UNIT = TILE[1]
+
+_notes: ContextVar[dict[str, Choice] | None] = ContextVar("notes", default=None)
+
+
+def on_hopper() -> bool:
+    """Whether programs are compiled for a GPU that kernels are for."""
+    try:
+        require_hopper()
+    except NotImplementedError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[dict[str, Choice]]:
+    """What callables decide while programs are traced inside, by their names.
+
+    Of a callable that decides several times, a fallback counts.
+    """
+    notes: dict[str, Choice] = {}
+    token = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)
+
+
+def _decide(name: str, choice: Callable[[], Choice], demanded: str | None) -> str:
+    """The implementation chosen, and noted.
+
+    Raises:
+      ValueError: the one demanded cannot do it.
+    """
+    try:
+        chosen = choice()
+    except NotImplementedError as error:
+        raise ValueError(
+            f"runtime.implementation = {demanded!r}: {name}: {error}"
+        ) from error
+    notes = _notes.get()
+    if notes is not None and (chosen.reason or name not in notes):
+        notes[name] = chosen
+    return chosen.implementation
+
+
+def attention(
+    *arrays: Array | None,
+    scale: float,
+    compute_dtype: Any = None,
+    keep: flash_mla.Keep | None = None,
+    implementation: str | None = None,
+) -> Array:
+    """`Runtime.attention`; arguments as those of `flash_mla`."""
+    options = {"scale": scale, "compute_dtype": compute_dtype}
+
+    def choice() -> Choice:
+        operands = Operands._make(arrays)
+        return flash_mla.choice(operands, **options, implementation=implementation)
+
+    how = _decide("attention", choice, implementation)
+    return flash_mla.flash_mla(*arrays, **options, keep=keep, implementation=how)
+
+
+def grouped_dot(
+    x_nbD: Array,
+    w_EDF: Array,
+    expert_n: Array,
+    used: Array,
+    *,
+    compute_dtype: Any = None,
+    implementation: str | None = None,
+) -> Array:
+    """`Runtime.grouped_dot`; arguments as those of `grouped_matmul`."""
+    how = _decide(
+        "grouped_dot",
+        lambda: grouped_matmul.choice(x_nbD, w_EDF, compute_dtype, implementation),
+        implementation,
+    )
+    return grouped_matmul.grouped_dot(
+        x_nbD, w_EDF, expert_n, used, compute_dtype, implementation=how
+    )
+
+
+def latent_attention(
+    q_lat_BLHC: Array,
+    q_rope_BLHR: Array,
+    c_kv: Array,
+    k_rope: Array,
+    position_BL: Array,
+    table_BP: Array | None,
+    *,
+    scale: float,
+    compute_dtype: Any = None,
+    implementation: str | None = None,
+) -> Array:
+    """`Runtime.latent_attention`; arguments as those of `mla_decode`.
+
+    Only the kernel rounds queries; without it they stay as precise as they come.
+    """
+    x = q_lat_BLHC, q_rope_BLHR, c_kv, k_rope
+    options = {"compute_dtype": compute_dtype, "implementation": implementation}
+    how = _decide(
+        "latent_attention",
+        lambda: mla_decode.choice(*x, table_BP, **options),
+        implementation,
+    )
+    return mla_decode.mla_decode(
+        *x,
+        position_BL,
+        table_BP,
+        scale=scale,
+        compute_dtype=None if how == XLA else compute_dtype,
+        implementation=how,
+    )
+
+
+def gemms(
+    recipe: Recipe,
+    name: str,
+    x: Array | Later,
+    w: Array,
+    *,
+    rows: Split | None = None,
+    implementation: str | None = None,
+) -> Gemms:
+    """Who quantises and multiplies for the FP8 map `name`; "experts": in their blocks.
+
+    Args:
+      rows: splits what has a row for each token over devices, for a program that sees
+        all of them. Experts see their device's rows alone.
+    """
+    grouped = name == "experts"
+    kernel = INTERPRET if implementation == INTERPRET else MOSAIC_GPU
+    how = _decide(
+        "grouped_dot" if grouped else f"linear {name}",
+        lambda: choose(implementation, lambda: _check(recipe, x, w, kernel)),
+        implementation,
+    )
+    return MODELS if how == XLA else _made(how, None if grouped else rows)
+
+
+def _check(recipe: Recipe, x: Array | Later, w: Array, kernel: str) -> None:
+    """Raises NotImplementedError unless kernels do all products of such a map.
+
+    Widths are no matter: what is no whole tile is filled up.
+    """
+    recipes.check_kernels(recipe)
+    for array in (x, w):
+        tile = jax.ShapeDtypeStruct((UNIT, UNIT), array.dtype)
+        fp8_quantize.choice(tile, TILE, implementation=kernel)
+    if len(x.shape) == 3:
+        codes = jax.ShapeDtypeStruct((1, UNIT, UNIT), E4M3.dtype)
+        grouped_fp8.choice(codes, codes, x.shape[1], jnp.float32, kernel)
+
+
+@functools.cache  # made once, so that a program is compiled once
+def _made(how: str, split: Split | None) -> Gemms:
+    own = Gemms(
+        *(functools.partial(each, how=how) for each in (_fprop, _dgrad, _wgrad))
+    )
+    return _over(split, own) if split else own
+
+
+def _over(split: Split, own: Gemms) -> Gemms:
+    """Dense products of a mesh, each device multiplying its own rows."""
+
+    def fprop(recipe: Recipe, x: Array, w: Array, _: None) -> tuple[Array, Quantized]:
+        run = functools.partial(own.fprop, recipe, blocks=None)
+        return split(run, whole=(1,))(x, w)
+
+    def dgrad(recipe: Recipe, g: Array, w: Array, _: None) -> Array:
+        run = functools.partial(own.dgrad, recipe, blocks=None)
+        return split(run, whole=(1,))(g, w)
+
+    def wgrad(recipe: Recipe, x: Any, g: Array, _: None, experts: int) -> Array:
+        run = functools.partial(own.wgrad, recipe, blocks=None, experts=experts)
+        return split(run, total=True)(x, g)
+
+    return Gemms(fprop, dgrad, wgrad)
+
+
+def _padded(x: Array, rows_alone: bool = False) -> Array:
+    """x [..., M, N] with zeros up to whole tiles, which change no scale and no sum."""
+    edges = [(0, 0)] * (x.ndim - 2) + [(0, -size % UNIT) for size in x.shape[-2:]]
+    if rows_alone:
+        edges[-1] = (0, 0)
+    return jnp.pad(x, edges)
+
+
+def _quantized(x: Array, scheme: Scheme, how: str, turned: bool = False) -> Quantized:
+    """Codes and scales of x, or turned of its transpose: what is summed over is last.
+
+    Turned, a scheme's columns of 128 are tiles.
+    """
+    return Quantized(
+        *fp8_quantize.quantize(
+            _padded(x),
+            BLOCK if scheme.block == BLOCK else TILE,
+            power_of_two=scheme.power_of_two,
+            least=scheme.least,
+            turned=turned,
+            implementation=how,
+        )
+    )
+
+
+def _multiplied(a: Quantized, b: Quantized, blocks: Blocks | None, how: str) -> Array:
+    if blocks is None:
+        return fp8_matmul.fp8_matmul(*a, *b, implementation=how)
+    return grouped_fp8.grouped_fp8_matmul(*a, *b, *blocks, implementation=how)
+
+
+def _fprop(
+    recipe: Recipe, x: Array, w: Array, blocks: Blocks | None, *, how: str
+) -> tuple[Array, Quantized]:
+    rows, depth = x.shape[-2:]
+    a = _quantized(x, recipe.x, how)
+    b = _quantized(w, recipe.w, how, turned=True)
+    y = _multiplied(a, b, blocks, how)[..., :rows, : w.shape[-1]]
+    return y, Quantized(a.codes[..., :rows, :depth], a.scale[..., :rows, :])
+
+
+def _dgrad(
+    recipe: Recipe, g: Array, w: Array, blocks: Blocks | None, *, how: str
+) -> Array:
+    a, b = _quantized(g, recipe.g, how), _quantized(w, recipe.w, how)
+    return _multiplied(a, b, blocks, how)[..., : g.shape[-2], : w.shape[-2]]
+
+
+def _wgrad(
+    recipe: Recipe, x: Any, g: Array, blocks: Blocks | None, experts: int, *, how: str
+) -> Array:
+    if isinstance(x, Quantized):
+        again = {"power_of_two": recipe.x_t.power_of_two, "least": recipe.x_t.least}
+        kept = _padded(x.codes), _padded(x.scale, rows_alone=True)
+        a = Quantized(*fp8_quantize.requantize(*kept, **again, implementation=how))
+        depth = x.codes.shape[-1]
+    else:
+        a = _quantized(x, recipe.x_t, how, turned=True)
+        depth = x.shape[-1]
+    b = _quantized(g, recipe.g_t, how, turned=True)
+    if blocks is None:
+        dw = _multiplied(a, b, None, how)
+    else:
+        operands = (part for q in (a, b) for part in (q.codes, q.scale[..., 0]))
+        dw = grouped_fp8.grouped_fp8_weight_gradient(
+            *operands, *blocks, experts=experts, implementation=how
+        )
+    return dw[..., :depth, : g.shape[-1]]

@@ -1,0 +1,162 @@
+"""One program of many runs gives each run the numbers that it has alone."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from deepseek_jax.config import (
+    BalanceConfig,
+    Config,
+    MeshConfig,
+    OptimConfig,
+    PipelineConfig,
+    TrainConfig,
+    flatten,
+    to_dict,
+)
+from deepseek_jax.train import population
+from deepseek_jax.train.state import assemble, init_state
+from deepseek_jax.train.step import make_step
+from tests.factory import SMALL, random_batch, small
+
+STEPS = 50
+
+
+def tiny(**groups) -> Config:
+    """The least that has each kind of layer: a program to compile is what costs."""
+    return small(
+        model=dataclasses.replace(SMALL, num_layers=2),
+        **({"batch": 4, "length": 8} if "data" not in groups else {}),
+        **groups,
+    )
+
+
+def runs() -> list[Config]:
+    """Four that differ in every scalar that strategy v3 reads, and in the seed."""
+    each = []
+    for i in range(4):
+        optim = OptimConfig(
+            lr=3e-3 * (1 + i),
+            warmup=5,
+            horizon=STEPS,
+            weight_decay=0.1 * i,
+            mtp_weight=0.1 * (1 + i),
+            mtp_weight_changes=((20 + i, 0.1 * i),),
+        )
+        speed = 10.0 ** -(i + 1)
+        balance = BalanceConfig(
+            speed=speed, speed_changes=((40, speed / 3),), alpha=1e-3 * i
+        )
+        each.append(tiny(optim=optim, balance=balance, seed=i))
+    return each
+
+
+def batch(index: int, step: int):
+    return random_batch(tiny(), seed=1000 * index + step, documents=step % 2 == 1)
+
+
+def alone(config: Config, index: int, steps: int) -> tuple[list, list]:
+    """A run's metrics, and its parameters and biases, by the step of a single run."""
+    parts = assemble(config, jax.devices()[:1])
+    step, state = make_step(parts), init_state(parts, config.seed)
+    metrics = []
+    for k in range(steps):
+        state, told = step(state, batch(index, k))
+        metrics.append(jax.device_get(told))
+    return metrics, jax.device_get((state.params, state.balance))
+
+
+def together(configs: list[Config], devices: int, each, steps: int) -> list:
+    """The same of every run, by one program."""
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:devices]), (population.AXIS,))
+    parts = [assemble(config, jax.devices()[:1]) for config in configs]
+    states = population.stack(
+        [init_state(p, c.seed) for p, c in zip(parts, configs, strict=True)]
+    )
+    values, states = jax.device_put(
+        (population.stack([*map(population.scalars, configs)]), states),
+        population.split(mesh),
+    )
+    step = population.make_step(configs[0], mesh, each)
+    metrics = []
+    for k in range(steps):
+        rows = population.stack([batch(i, k) for i in range(len(configs))])
+        states, told = step(values, states, rows)
+        metrics.append(jax.device_get(told))
+    take = population.taker(parts[0], mesh)
+    found = []
+    for i in range(len(configs)):
+        of_i = [{name: x[i] for name, x in told.items()} for told in metrics]
+        state = take(states, i)
+        found.append((of_i, jax.device_get((state.params, state.balance))))
+    return found
+
+
+FORMS = {
+    "one by one": (1, population.one_by_one),
+    "vmap on two devices": (2, jax.vmap),
+}
+
+
+def test_a_population_equals_separate_runs_in_float64():
+    with jax.enable_x64(True):
+        expected = [alone(config, i, STEPS) for i, config in enumerate(runs())]
+        for devices, each in FORMS.values():
+            found = together(runs(), devices, each, STEPS)
+            for (metrics, _), (told, _) in zip(expected, found, strict=True):
+                for one, other in zip(metrics, told, strict=True):
+                    for name in ("loss", "ce", "mtp_ce", "penalty", "grad_norm"):
+                        np.testing.assert_allclose(other[name], one[name], 1e-9, 1e-9)
+                    for name in ("load", "bias", "lr", "speed"):
+                        np.testing.assert_array_equal(other[name], one[name])
+            for (_, state), (_, other) in zip(expected, found, strict=True):
+                jax.tree.map(
+                    lambda a, b: np.testing.assert_allclose(a, b, 1e-7, 1e-9),
+                    state,
+                    other,
+                )
+        lines = [[told["loss"] for told in metrics] for metrics, _ in expected]
+        gaps = [abs(np.subtract(lines[0], line)).max() for line in lines[1:]]
+        assert min(gaps) > 1e-3  # else nothing was told apart
+
+
+SPLIT = {"mesh.data": (MeshConfig(data=2), "none"), "schedule": (MeshConfig(), "gpipe")}
+
+
+@pytest.mark.parametrize("case", SPLIT)
+def test_a_run_of_more_than_a_device_is_refused(case):
+    mesh, schedule = SPLIT[case]
+    config = tiny(mesh=mesh, pipeline=PipelineConfig(schedule=schedule))
+    with pytest.raises(ValueError, match="--vectorize"):
+        population.check(config)
+
+
+def test_every_scalar_is_a_number_that_a_program_can_take():
+    config = runs()[1]
+    values = population.scalars(config)
+    assert {*values} == {*population.SCALARS}
+    assert population.with_scalars(config, values).optim.lr == config.optim.lr
+    assert config.optim.lr == 6e-3  # and the config is as it was
+    assert {*population.SCALARS} - {*population.scalars(tiny())} == {
+        "optim.mtp_weight_changes",
+        "balance.speed_changes",
+    }
+
+
+def test_runs_that_differ_in_scalars_and_seed_are_a_team():
+    other = tiny(train=TrainConfig(steps=11))
+    longer = dataclasses.replace(
+        other, balance=BalanceConfig(speed_changes=((1, 0.1), (2, 0.2)))
+    )
+    configs = [other, *runs(), longer, *runs(), other]
+    assert population.teams(configs, 3) == [[0, 10], [1, 2, 3], [4, 6, 7], [5], [8, 9]]
+    with pytest.raises(ValueError, match=r"train\.steps"):
+        population.check_team([other, runs()[0]])
+
+
+def test_every_field_is_a_scalar_or_a_teams_in_common():
+    """A field that is in neither would be the first member's for all."""
+    named = {name for name, _ in population.kind(tiny())} | {*population.SCALARS}
+    assert named | {"seed"} == set(flatten(to_dict(tiny())))
