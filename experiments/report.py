@@ -11,7 +11,7 @@ summary.csv and summary.json.
 import sys
 from pathlib import Path
 
-from deepseek_jax.analysis import report, runs, seeds, selection, tables
+from deepseek_jax.analysis import precision, report, runs, seeds, selection, tables
 from deepseek_jax.analysis.runs import Study
 from deepseek_jax.checkpoint import metadata
 from deepseek_jax.train import hooks
@@ -43,7 +43,8 @@ def main(arguments: list[str]) -> None:
     except hooks.InUse:
         print("still running: the summary is left to the sweep", file=sys.stderr)
     page = report.write(study)
-    print(f"{tables.text_table(study)}\n\n{tables.verdict(study)}\n\nReport: {page}")
+    print(f"{tables.text_table(study)}\n\n{tables.verdict(study)}")
+    print(f"{precision.markdown(study)}\nReport: {page}")
 
 
 def chosen(workdirs: list[Path], out: Path | None, wanted: dict[str, str]) -> Study:

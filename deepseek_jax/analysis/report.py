@@ -12,11 +12,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax.analysis import plots
+from deepseek_jax.analysis import plots, precision
 from deepseek_jax.analysis.charts import Chart, colours
 from deepseek_jax.analysis.comparisons import COMPARISONS, overview
 from deepseek_jax.analysis.details import CELLS, DETAILS
 from deepseek_jax.analysis.interactive import figure, packed, plotly_js
+from deepseek_jax.analysis.precision import PRECISION
 from deepseek_jax.analysis.runs import DONE, FAILED, Run, Study
 from deepseek_jax.analysis.seeds import MEASURES, differ, summarize
 from deepseek_jax.analysis.selection import differing
@@ -32,6 +33,7 @@ from deepseek_jax.analysis.tables import (
 )
 from deepseek_jax.files import write_text
 
+CHARTS = *COMPARISONS, *PRECISION
 MAX_PICTURED = 12  # settings whose heatmaps become pictures
 MAX_DETAILED = 60  # runs that the page shows side by side
 PAGE_CELLS = 120_000  # numbers in the heatmaps of all runs; as many in the biases
@@ -43,7 +45,7 @@ def write(study: Study) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for stem, chart in pictures(study).items():
         plots.save(chart, folder / f"{stem}.png")
-    write_text(study.path / "summary.md", markdown(study))
+    write_text(study.path / "summary.md", markdown(study) + precision.markdown(study))
     path = study.path / "report.html"
     write_text(path, page(study))
     return path
@@ -51,7 +53,7 @@ def write(study: Study) -> Path:
 
 def pictures(study: Study) -> dict[str, Chart]:
     """The charts that become pictures, by file stem; heatmaps for one run a setting."""
-    made = [make(study) for make in (*COMPARISONS, overview)]
+    made = [make(study) for make in (*CHARTS, overview)]
     found = {chart.name: chart for chart in made if chart}
     for label in study.labels[:MAX_PICTURED]:
         runs = study.of(label)
@@ -63,7 +65,7 @@ def pictures(study: Study) -> dict[str, Chart]:
 
 def page(study: Study) -> str:
     """The page's HTML."""
-    comparisons = [chart for make in COMPARISONS if (chart := make(study))]
+    comparisons = [chart for make in CHARTS if (chart := make(study))]
     detailed = _first_seeds(study, MAX_DETAILED)
     cells = PAGE_CELLS // max(8, len(detailed))
     by_run = {run.name: details(run, cells) for run in detailed}
