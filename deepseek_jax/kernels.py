@@ -2,7 +2,7 @@
 
 Each callable decides when a program is traced, from the shapes and dtypes at hand and
 the device that is compiled for. What no kernel does is computed as without them, unless
-an implementation was demanded. `noted` tells what was decided. Ours.
+an implementation was demanded. A `dry_run` tells what is decided. Ours.
 """
 
 import contextlib
@@ -38,6 +38,7 @@ from pallas_kernels.mla_decode import api as mla_decode
 
 Split = Callable[..., Callable[..., Any]]  # Runtime.rows
 UNIT = TILE[1]
+DRY = "dry run"
 
 _notes: ContextVar[dict[str, Choice] | None] = ContextVar("notes", default=None)
 
@@ -52,10 +53,11 @@ def on_hopper() -> bool:
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[dict[str, Choice]]:
-    """What callables decide while programs are traced inside, by their names.
+def dry_run() -> Iterator[dict[str, Choice]]:
+    """Callables only note what they decide, by their names, and give zeros for results.
 
-    Of a callable that decides several times, a fallback counts.
+    So a program is traced inside in little time. Of a callable that decides several
+    times, a fallback counts.
     """
     notes: dict[str, Choice] = {}
     token = _notes.set(notes)
@@ -66,7 +68,7 @@ def noted() -> Iterator[dict[str, Choice]]:
 
 
 def _decide(name: str, choice: Callable[[], Choice], demanded: str | None) -> str:
-    """The implementation chosen, and noted.
+    """The implementation chosen; DRY in a dry run, which it is noted for.
 
     Raises:
       ValueError: the one demanded cannot do it.
@@ -78,9 +80,11 @@ def _decide(name: str, choice: Callable[[], Choice], demanded: str | None) -> st
             f"runtime.implementation = {demanded!r}: {name}: {error}"
         ) from error
     notes = _notes.get()
-    if notes is not None and (chosen.reason or name not in notes):
+    if notes is None:
+        return chosen.implementation
+    if chosen.reason or name not in notes:
         notes[name] = chosen
-    return chosen.implementation
+    return DRY
 
 
 def attention(
@@ -98,6 +102,9 @@ def attention(
         return flash_mla.choice(operands, **options, implementation=implementation)
 
     how = _decide("attention", choice, implementation)
+    if how == DRY:
+        q_BLHN, *_, v_BSGO = Operands._make(arrays)[:5]
+        return jnp.zeros((*q_BLHN.shape[:3], v_BSGO.shape[-1]))
     return flash_mla.flash_mla(*arrays, **options, keep=keep, implementation=how)
 
 
@@ -116,6 +123,8 @@ def grouped_dot(
         lambda: grouped_matmul.choice(x_nbD, w_EDF, compute_dtype, implementation),
         implementation,
     )
+    if how == DRY:
+        return jnp.zeros((*x_nbD.shape[:2], w_EDF.shape[-1]))
     return grouped_matmul.grouped_dot(
         x_nbD, w_EDF, expert_n, used, compute_dtype, implementation=how
     )
@@ -144,6 +153,8 @@ def latent_attention(
         lambda: mla_decode.choice(*x, table_BP, **options),
         implementation,
     )
+    if how == DRY:
+        return jnp.zeros(q_lat_BLHC.shape)
     return mla_decode.mla_decode(
         *x,
         position_BL,
@@ -176,6 +187,8 @@ def gemms(
         lambda: choose(implementation, lambda: _check(recipe, x, w, kernel)),
         implementation,
     )
+    if how == DRY:
+        return Gemms(_zeros, MODELS.dgrad, MODELS.wgrad)
     return MODELS if how == XLA else _made(how, None if grouped else rows)
 
 
@@ -225,6 +238,15 @@ def _padded(x: Array, rows_alone: bool = False) -> Array:
     if rows_alone:
         edges[-1] = (0, 0)
     return jnp.pad(x, edges)
+
+
+def _zeros(
+    recipe: Recipe, x: Array, w: Array, blocks: Blocks | None
+) -> tuple[Array, Quantized]:
+    """`Gemms.fprop` of a dry run."""
+    scale = jnp.zeros((*x.shape[:-1], -(-x.shape[-1] // UNIT)))
+    read = Quantized(jnp.zeros(x.shape, E4M3.dtype), scale)
+    return jnp.zeros((*x.shape[:-1], w.shape[-1])), read
 
 
 def _quantized(x: Array, scheme: Scheme, how: str, turned: bool = False) -> Quantized:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from deepseek_jax import kernels
 from deepseek_jax.config import AUTO, RuntimeConfig
-from deepseek_jax.kernels import noted as noted
+from deepseek_jax.kernels import dry_run as dry_run
 from deepseek_jax.kernels import on_hopper as on_hopper
 from deepseek_jax.ops.dispatch import experts_by_size, experts_dense
 from deepseek_jax.ops.swiglu import swiglu, swiglu_later

@@ -19,11 +19,15 @@ from pallas_kernels.flash_mla.api import flash_mla
 from pallas_kernels.fp8_matmul import shapes as fp8_shapes
 from pallas_kernels.fp8_matmul.api import fp8_matmul
 from pallas_kernels.fp8_quantize import shapes as quantize_shapes
-from pallas_kernels.fp8_quantize.api import quantize
+from pallas_kernels.fp8_quantize.api import (
+    quantize,
+    quantize_rms_norm,
+    quantize_swiglu,
+)
 from pallas_kernels.fp8_quantize.reference import BLOCK, TILE
 from pallas_kernels.grouped_fp8_matmul.api import grouped_fp8_matmul
 from pallas_kernels.grouped_matmul import shapes as grouped_shapes
-from pallas_kernels.grouped_matmul.api import grouped_dot
+from pallas_kernels.grouped_matmul.api import grouped_dot, grouped_swiglu
 from pallas_kernels.mla_decode import shapes as decode_shapes
 from pallas_kernels.mla_decode.api import mla_decode
 
@@ -31,6 +35,7 @@ Array = jax.Array
 Run = Callable[[], Any]  # starts the work; what it returns is waited for
 
 BF16, F32 = jnp.bfloat16, jnp.float32
+OURS = XLA, MOSAIC_GPU
 
 
 class Case(NamedTuple):
@@ -66,7 +71,7 @@ def _ours(
         name: functools.partial(
             _jitted, functools.partial(function, implementation=name), inputs
         )
-        for name in (XLA, MOSAIC_GPU)
+        for name in OURS
     }
 
 
@@ -118,6 +123,19 @@ def quantize_cases(shape: quantize_shapes.Shape) -> Iterator[tuple[str, Case]]:
     call = functools.partial(quantize, block=block, turned=turned)
     made = (M * N, jnp.float8_e4m3fn), (M * N // (block[0] * block[1]), F32)
     yield "forward", Case(0, _size(inputs, *made), _ours(call, inputs))
+    if block != TILE:
+        return
+
+    def gated() -> tuple[Array, ...]:
+        return _normal((M, N), (M, N))
+
+    def normed() -> tuple[Array, ...]:
+        return *_normal((M, N)), jnp.ones(N)
+
+    swiglu = functools.partial(quantize_swiglu, turned=turned)
+    norm = functools.partial(quantize_rms_norm, eps=1e-6, turned=turned)
+    yield "of SwiGLU", Case(0, _size(gated, *made), _ours(swiglu, gated))
+    yield "of RMSNorm", Case(0, _size(normed, *made), _ours(norm, normed))
 
 
 def _routing(shape: grouped_shapes.Shape) -> tuple[Array, Array]:
@@ -147,6 +165,15 @@ def grouped_cases(shape: grouped_shapes.Shape) -> Iterator[tuple[str, Case]]:
     yield "forward", Case(flops, size, candidates)
     both = _ours(with_gradient(grouped_dot, 2), inputs)
     yield "forward + backward", Case(3 * flops, 3 * size, both)
+
+    def gated() -> tuple[Array, ...]:
+        weights = (experts, D, F)
+        return *_normal((n, rows, D), weights, weights), *_routing(shape)
+
+    size = _size(gated, (n * rows * F, BF16))
+    yield "SwiGLU", Case(2 * flops, size, _ours(grouped_swiglu, gated))
+    both = _ours(with_gradient(grouped_swiglu, 3), gated)
+    yield "SwiGLU + backward", Case(6 * flops, 3 * size, both)
 
 
 def grouped_fp8_cases(shape: grouped_shapes.Shape) -> Iterator[tuple[str, Case]]:

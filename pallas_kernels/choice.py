@@ -48,27 +48,23 @@ def require_hopper() -> None:
         )
 
 
-Tiled = dict[str, tuple[int, int]]
+Tiled = tuple[tuple[str, int, int], ...]  # an axis, its size, that of its tiles
 
 
 def check_tiled(tiled: Tiled) -> None:
     """Raises NotImplementedError where TMA cannot copy what is stored in tiles.
 
     JAX (0.11.2) has it copy an axis as whole tiles, or as one that is shorter.
-
-    Args:
-      tiled: size of each axis, and of its tiles; for one axis several by other names.
     """
-    for name, (size, tile) in tiled.items():
+    for name, size, tile in tiled:
         if size > tile and size % tile:
             raise NotImplementedError(
-                f"{name.strip()} = {size}: the kernel wants a multiple of {tile}, or "
-                "fewer"
+                f"{name} = {size}: the kernel wants a multiple of {tile}, or fewer"
             )
 
 
 def choose(
-    demanded: str | None, check: Callable[[], None], tiled: Tiled | None = None
+    demanded: str | None, check: Callable[[], None], tiled: Tiled = ()
 ) -> Choice:
     """The implementation to run.
 
@@ -93,7 +89,7 @@ def choose(
             require_hopper()
         check()
         if demanded != INTERPRET:
-            check_tiled(tiled or {})
+            check_tiled(tiled)
     except NotImplementedError as error:
         if demanded:
             raise

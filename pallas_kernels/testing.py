@@ -109,12 +109,20 @@ def compile_for(
     def placed(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
+    # A new function, or the kernel's earlier compilation would be found.
+    fresh = jax.jit(lambda *args: function(*args))
+    lower = functools.partial(fresh.lower, *jax.tree.map(placed, shapes))
+    return compile_lowered(device, lower)[1]
+
+
+def compile_lowered(
+    device: jax.Device, lower: Callable[[], jax.stages.Lowered]
+) -> tuple[jax.stages.Compiled, list[Report]]:
+    """Compiles what `lower()` returns, for one device or others like it."""
     with tempfile.TemporaryDirectory() as folder:
         dumps = {**dict.fromkeys(_DUMPS, "1"), "MOSAIC_GPU_DUMP_TO": folder}
         with mock.patch.dict(os.environ, dumps), jax.default_device(device):
-            # A new function, or the kernel's earlier compilation would be found.
-            fresh = jax.jit(lambda *args: function(*args))
-            fresh.lower(*jax.tree.map(placed, shapes)).compile()
+            compiled = lower().compile()
         texts = [path.with_suffix("") for path in sorted(Path(folder).glob("*.ptx"))]
         reports = [
             Report(*(path.with_suffix(end).read_text() for end in (".ptx", ".ptxas")))
@@ -122,7 +130,7 @@ def compile_for(
         ]
     if not reports:
         raise RuntimeError("no PTX was dumped: no Mosaic GPU kernel was compiled")
-    return reports
+    return compiled, reports
 
 
 # What the instructions that make a Hopper kernel fast are called in PTX.

@@ -42,6 +42,8 @@ MAY_IMPORT = {
     ".convert": f"{CORE} .checkpoint pallas_kernels.*.reference jax numpy",
     ".train": f"{CORE} .presets .schedule .ops .precision .runtime .model .parallel"
     " .data .tokenizer .optim .checkpoint .eval jax numpy optax tensorboardX",
+    ".train.numerics": f"{CORE} .schedule .precision .model .data .train jax flax"
+    " numpy",
     ".decode": f"{CORE} .model .ops .runtime .parallel jax numpy",
     ".eval": f"{CORE} .model .ops .runtime .decode .parallel.eplb jax numpy",
     ".posttrain": f"{CORE} .train .decode .data .ops .optim jax numpy optax",
@@ -72,6 +74,8 @@ PLACEMENT = re.compile(
 UNFINISHED = re.compile(
     r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "X" * 3)) + r")\b"
 )
+# In a notebook, a picture: letters at random, which may spell anything.
+PICTURE = re.compile(r'"image/png": "[^"]*"')
 MACHINES = re.compile(
     r"(?<![\w.~-])/(" + "|".join(("root", "home", "Users", "work", "opt")) + r")/\w"
     r"|"
@@ -222,6 +226,7 @@ def bad_names(source: str, module: str, presets: set[str]) -> list[str]:
 
 
 def bad_text(text: str, path: str) -> list[str]:
+    text = PICTURE.sub("", text)
     found = [*UNFINISHED.finditer(text), *MACHINES.finditer(text)]
     return [f"{path}: {match.group()}" for match in found]
 

@@ -89,6 +89,7 @@ REFUSED = [
     ("runtime.experts", "block", "did you mean 'blocks'?", {}),
     ("optim.moments", "fp16", "did you mean 'bf16'?", {}),
     ("runtime.remat", "ful", "did you mean 'full'?", {}),
+    ("runtime.implementation", "mosaic", "must be one of auto, xla, mosaic_gpu", {}),
     ("runtime.block", 0, "must be positive", {}),
     *(
         (f"mesh.{name}", 0, "must be positive", {})
@@ -196,6 +197,7 @@ def other(name: str, default: object) -> object:
         "runtime.attention": "plain",
         "runtime.experts": "dense",
         "runtime.remat": "full",
+        "runtime.implementation": "xla",
         "mesh.data": 4,
         "mesh.fsdp": 2,
         "mesh.node": 2,

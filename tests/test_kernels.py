@@ -34,7 +34,7 @@ from pallas_kernels import choice, testing
 from pallas_kernels.choice import INTERPRET, MOSAIC_GPU, XLA
 from tests.factory import SMALL
 
-LENGTH = 56
+LENGTH = 72
 V3 = policy.POLICIES["fp8_v3"]
 
 
@@ -45,7 +45,7 @@ def test_configs_name_the_implementations_that_there_are():
 def test_a_runtime_on_a_cpu_has_no_kernels_and_says_why():
     rt = runtime.build(RuntimeConfig(compute="bf16"))
     x_1LHN, expert_n, used = jnp.ones((1, 8, 2, 16)), jnp.zeros(2, jnp.int32), 2
-    with kernels.noted() as notes:
+    with kernels.dry_run() as notes:
         rt.attention(*[x_1LHN] * 3, x_1LHN[:, :, :1], x_1LHN, None, scale=0.2)
         rt.grouped_dot(jnp.ones((2, 128, 8)), jnp.ones((2, 8, 8)), expert_n, used)
         cache = jnp.ones((1, 16, 32), jnp.bfloat16)
@@ -63,7 +63,7 @@ def test_a_fallback_is_not_lost_among_choices_that_are_none():
         for each in (XLA, None, XLA):
             kernels.grouped_dot(x, w, expert_n, used, implementation=each)
 
-    with kernels.noted() as notes:
+    with kernels.dry_run() as notes:
         jax.eval_shape(both, x, w, expert_n, 2)
     assert "Hopper" in notes["grouped_dot"].reason
 
@@ -122,8 +122,9 @@ def test_a_block_with_kernels_computes_what_one_without_does():
     found = {}
     for name, compile in ((XLA, jax.jit), (INTERPRET, testing.interpreted)):
         choice = RuntimeConfig(compute="bf16", implementation=name)
-        with kernels.noted() as notes:
-            found[name] = results(choice, compile)
+        found[name] = results(choice, compile)
+        with kernels.dry_run() as notes:
+            results(choice, lambda run: functools.partial(jax.eval_shape, run))
         assert {each.implementation for each in notes.values()} == {name}
         assert set(notes) == {"attention", "grouped_dot"}
     (y, grads), (own_y, own_grads) = found[XLA], found[INTERPRET]
@@ -199,7 +200,7 @@ def test_fp8_kernels_multiply_blocks_as_the_models_do():
 def test_each_device_of_a_mesh_multiplies_its_own_rows():
     made = recipe(V3, "q_a")
     x, w, g = operands(512, 160, 48)
-    mesh = meshes.make(MeshConfig(data=2, fsdp=2))
+    mesh = meshes.make(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
     split = kernels._over(functools.partial(on_devices, mesh=mesh), MODELS)
 
     def run(gemms, made, x, w):

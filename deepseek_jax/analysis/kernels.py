@@ -13,7 +13,7 @@ import numpy as np
 from deepseek_jax.analysis.charts import GREY, RAMP, Chart, Line, Panel, between
 from deepseek_jax.analysis.runs import read_json
 
-EDGES = 0.1, 1e4  # operations per byte, of the roof that is drawn at least
+EDGES = 1.0, 1e4  # operations per byte, between which the roof is drawn
 
 
 def benches(folder: Path, by: str | None = None) -> list[dict[str, Any]]:

@@ -59,7 +59,11 @@ def _draw(axes: Axes, matrix: Matrix) -> None:
         )
         if tile.text:
             middle = tile.column + tile.columns / 2, tile.row + tile.rows / 2
-            axes.text(*middle, tile.text, ha="center", va="center", fontsize=7)
+            behind = "white" if tile.colour == "none" else tile.colour
+            box = {"fc": behind, "ec": "none", "pad": 1}
+            axes.text(
+                *middle, tile.text, ha="center", va="center", fontsize=7, bbox=box
+            )
     axes.set_xlim(0, matrix.columns)
     axes.set_ylim(matrix.rows, 0)
     axes.set_title(matrix.title, fontsize=10)

@@ -10,7 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from deepseek_jax.analysis.charts import (
+    RAMP,
     Chart,
+    Line,
+    Panel,
     category_panel,
     chart,
     curve_panel,
@@ -156,4 +159,28 @@ def underflow(study: Study) -> Chart | None:
     )
 
 
-PRECISION = relative_loss, underflow
+def scales(study: Study) -> Chart | None:
+    """Which powers of two the scales of inputs, weights and gradients have."""
+    panels = []
+    for label in study.labels:
+        run = study.of(label)[0]
+        lines = []
+        for (operand, name), colour in zip(OPERANDS.items(), RAMP[::2]):
+            found = np.array((run.final or {}).get(f"eval_scales_{operand}", ()), float)
+            if len(found):
+                power, count = found.T
+                lines.append(Line(name, colour, power, 100 * count / count.sum()))
+        if lines:
+            panels.append(
+                Panel(label, "log2 of the scale", "% of scales", tuple(lines))
+            )
+    return chart(
+        "scales",
+        "Scales",
+        "Of all maps on one batch after the last step, rounded down to powers of two; "
+        "one seed of each setting.",
+        panels,
+    )
+
+
+PRECISION = relative_loss, underflow, scales

@@ -21,7 +21,6 @@ from deepseek_jax.ops.rope import rotation
 from deepseek_jax.runtime import Runtime
 from deepseek_jax.typing import Array
 
-
 # Collections of variables that only observers fill: `train.numerics`.
 OBSERVED = ("operands", "output_gradients")
 

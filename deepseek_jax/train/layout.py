@@ -19,7 +19,7 @@ from deepseek_jax.config import (
 from deepseek_jax.data.batch import Batch
 from deepseek_jax.parallel.mesh import AXES
 from deepseek_jax.parallel.pipeline import cost
-from deepseek_jax.runtime import XLA, Choice, noted, on_hopper
+from deepseek_jax.runtime import XLA, Choice, dry_run, on_hopper
 from deepseek_jax.train import pipelined
 from deepseek_jax.train.objective import objective, totals
 from deepseek_jax.train.state import assemble, init_state
@@ -42,7 +42,7 @@ def lines(config: Config, devices: list[jax.Device] | None = None) -> Iterator[s
         f"products {runtime.compute}, attention {runtime.attention}, "
         f"experts {runtime.experts}, remat {runtime.remat}"
     )
-    yield _kernels(kernels(config))
+    yield _kernels(kernels(config, devices))
     if mesh.size > 1:
         sizes = {axis: getattr(mesh, axis) for axis in AXES}
         used = " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n > 1)
@@ -69,10 +69,11 @@ def _pipeline(config: Config) -> str:
     )
 
 
-def kernels(config: Config) -> Choices:
+def kernels(config: Config, devices: list[jax.Device] | None = None) -> Choices:
     """Which implementation each callable of the runtime takes in this run's steps.
 
-    "all" stands for them where nothing has to be traced to know it.
+    "all" stands for them where nothing has to be traced to know it. Linear maps count
+    in FP8 only, each with its name.
 
     Raises:
       ValueError: the one demanded cannot do it; or under `runtime.strict`, one falls
@@ -83,7 +84,8 @@ def kernels(config: Config) -> Choices:
         return {"all": Choice(XLA, "demanded")}
     if asked.implementation == AUTO and not (hopper or asked.strict):
         return {"all": Choice(XLA, "not a Hopper GPU")}
-    found = _traced(_as_small(config), str(jax.config.jax_default_device))
+    own = tuple(jax.devices() if devices is None else devices)
+    found = _traced(_as_small(config), own, str(jax.config.jax_default_device))
     slow = [
         f"{name}: {choice.reason}" for name, choice in found.items() if choice.reason
     ]
@@ -115,9 +117,9 @@ def _as_small(config: Config) -> Config:
 
 
 @functools.lru_cache(maxsize=1)
-def _traced(config: Config, target: str) -> Choices:
-    """Traces a loss for what its callables decide for this target."""
-    parts = assemble(config, jax.devices()[: config.mesh.size])
+def _traced(config: Config, devices: tuple[jax.Device, ...], target: str) -> Choices:
+    """Traces a loss for what its callables decide, with this as the default device."""
+    parts = assemble(config, devices[: config.mesh.size])
     state = jax.eval_shape(functools.partial(init_state, parts), 0)
     shape = config.data.batch, config.data.length + 1
     numbers = jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -128,13 +130,17 @@ def _traced(config: Config, target: str) -> Choices:
         counts = totals(parts, batch)
         return objective(parts, params, balance, batch, counts, jnp.float32(0))
 
-    with noted() as choices:
+    with dry_run() as choices:
         jax.eval_shape(loss, state.params, state.balance, batch)
     return dict(sorted(choices.items()))
 
 
 def _kernels(choices: Choices) -> str:
     """Callables by what they take: "mosaic_gpu for attention; xla for ... (why)"."""
+    maps = [name for name in choices if name.startswith("linear ")]
+    if len({choices[name] for name in maps}) == 1:  # all alike
+        rest = {name: choices[name] for name in choices if name not in maps}
+        choices = rest | {"linear": choices[maps[0]]}
     groups: dict[Choice, list[str]] = {}
     for name, choice in choices.items():
         groups.setdefault(choice, []).append(name)

@@ -16,6 +16,7 @@ from typing import Any
 from deepseek_jax.checkpoint.folders import FOLDER
 from deepseek_jax.checkpoint.manager import Checkpoints
 from deepseek_jax.config import Config, TrainConfig, flatten, to_dict
+from deepseek_jax.data.batch import Batch
 from deepseek_jax.parallel import processes
 from deepseek_jax.train import hooks, layout, numerics, start, writers
 from deepseek_jax.train.metrics import Recorder
@@ -106,12 +107,23 @@ def train(
             if stopping and step < config.steps:
                 raise hooks.Interrupted(f"stopped after step {step}, which is saved")
     except hooks.NotFinite as error:
-        recorder.progress.say("looking for the first number that is not finite")
-        where = numerics.explained(opened.parts, state, taken[error.step])
-        raise FloatingPointError(f"{error}; {where}") from None
+        raise explained(error, opened, state, taken[error.step], recorder) from None
     if done >= config.steps:  # fewer steps are asked for than were done
         recorder.evaluated(done, opened.evaluate(state, done))
     return state
+
+
+def explained(
+    error: hooks.NotFinite,
+    opened: Run,
+    state: TrainState,
+    batch: Batch,
+    recorder: Recorder,
+) -> FloatingPointError:
+    """The error with the map and layer where it began, in the step of this batch."""
+    recorder.progress.say("looking for the first number that is not finite")
+    where = numerics.explained(opened.parts, state, batch)
+    return FloatingPointError(f"{error}; {where}")
 
 
 def due(config: TrainConfig, step: int, stopping: bool) -> tuple[bool, bool]:

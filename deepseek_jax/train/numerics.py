@@ -187,8 +187,16 @@ def _called(where: str) -> str:
 
 
 def record(looked: Looked) -> dict[str, Any]:
-    """Shares of numbers lost, by operand: over all maps, and by map and layer."""
+    """Shares of numbers lost, by operand: over all maps, and by map and layer.
+
+    And [power of two, how many] of all scales.
+    """
     values: dict[str, Any] = {}
+    for operand, maps in looked.items():
+        counts = sum(np.asarray(found.scales).sum(0) for found in maps.values())
+        values[f"eval_scales_{operand}"] = [
+            [LEAST + int(power), int(counts[power])] for power in np.flatnonzero(counts)
+        ]
     for loss in ("underflowed", "saturated"):
         for operand, maps in looked.items():
             lost = {where: np.asarray(getattr(f, loss)) for where, f in maps.items()}

@@ -73,16 +73,15 @@ def check(config: Config) -> None:
     Raises:
       ValueError: it needs more than a device.
     """
-    for name, size in (("mesh", config.mesh.size), ("mesh.pipe", config.mesh.pipe)):
-        if size > 1:
-            raise ValueError(
-                f"{name} has {size} devices: runs that are trained as one program "
-                "have one each, so leave out --vectorize, or mesh and pipeline"
-            )
+    if config.mesh.size > 1:
+        raise ValueError(
+            f"mesh has {config.mesh.size} devices: must have one for a run that is one "
+            "of several in a program; leave out --vectorize, or the mesh"
+        )
     if config.pipeline.schedule != "none":
         raise ValueError(
-            f"pipeline.schedule = {config.pipeline.schedule!r}: must be 'none' for "
-            "runs that are trained as one program"
+            f"pipeline.schedule = {config.pipeline.schedule!r}: must be 'none' for a "
+            "run that is one of several in a program; leave out --vectorize, or it"
         )
 
 

@@ -6,7 +6,8 @@ computed on and no longer looked at. Ours.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,9 @@ from deepseek_jax.train.metrics import Recorder
 from deepseek_jax.train.start import Run
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.train.step import compiled
+
+# The state and the batch of a step that went wrong.
+Look = Callable[[], tuple[TrainState, Batch]]
 
 
 @dataclass
@@ -53,24 +57,32 @@ class Member:
         return self.batch
 
     @contextlib.contextmanager
-    def guarded(self) -> Iterator[None]:
+    def guarded(self, look: Look) -> Iterator[None]:
         """A number that is not finite ends this run alone, with its error told."""
         try:
             yield
+        except hooks.NotFinite as found:
+            self.fail(loop.explained(found, self.opened, *look(), self.recorder))
         except FloatingPointError as error:
-            self.failure = str(error)
-            tell(self.recorder.progress, error)
+            self.fail(error)
 
-    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def fail(self, error: Exception) -> None:
+        """Nothing of this run is looked at any more."""
+        self.failure = str(error)
+        tell(self.recorder.progress, error)
+
+    def record(self, step: int, metrics: Mapping[str, Any], look: Look) -> None:
         """Records a step, unless the run has failed."""
         if not self.failure:
-            with self.guarded():
+            with self.guarded(look):
                 self.recorder.take(step, metrics)
                 self.recorder.flush()
 
     def conclude(self, state: TrainState, stopping: bool) -> None:
-        """Evaluates and saves, as far as that is due."""
-        with self.guarded():
+        """Evaluates and saves, as far as that is due, unless the run has failed."""
+        if self.failure:
+            return
+        with self.guarded(lambda: (state, self.batch)):
             loop.conclude(
                 self.opened,
                 state,
@@ -81,17 +93,35 @@ class Member:
             )
 
 
+class Taken(NamedTuple):
+    """A run's part of a step."""
+
+    index: int  # in the stack
+    member: Member
+    step: int
+    batch: Any
+
+
 class Pending(NamedTuple):
-    """A step that was dispatched: its metrics, and who took it at which step."""
+    """A step that was dispatched: its metrics, and who took it."""
 
     metrics: Mapping[str, Any]
-    takers: list[tuple[int, Member, int]]  # place in the stack, run, its step
+    parts: list[Taken]
 
-    def record(self) -> None:
-        """Waits for it and hands each run its own."""
+    def record(self, state_of: Callable[[int], TrainState]) -> None:
+        """Waits for it and hands each run its own.
+
+        Args:
+          state_of: the present state at a place in the stack.
+        """
         host = jax.device_get(self.metrics)
-        for index, member, step in self.takers:
-            member.record(step, {name: x[index] for name, x in host.items()})
+        for index, member, step, batch in self.parts:
+
+            def look(index: int = index, batch: Any = batch) -> tuple[TrainState, Any]:
+                return state_of(index), batch
+
+            own = {name: x[index] for name, x in host.items()}
+            member.record(step, own, look)
 
 
 def tell(teller: hooks.Progress, error: Exception) -> None:
@@ -182,7 +212,7 @@ def train(members: list[Member], interrupt: hooks.Interrupt, say: start.Say) -> 
     """
     for member in members:
         if not member.active:  # fewer steps are asked for than were done
-            with member.guarded():
+            with member.guarded(lambda m=member: (m.state, m.next_batch())):
                 done = member.opened.evaluate(member.state, member.step)
                 member.recorder.evaluated(member.step, done)
     if not any(member.active for member in members):
@@ -209,10 +239,11 @@ def train(members: list[Member], interrupt: hooks.Interrupt, say: start.Say) -> 
             made = population.make_step(members[0].config, mesh)
             step = compiled(made, values, states, batch)
         states, metrics = step(values, states, batch)
-        pending.record()
+        state_of = functools.partial(take, states)
+        pending.record(state_of)
         for _, member in stepping:
             member.step += 1
-        pending = Pending(metrics, [(i, m, m.step) for i, m in stepping])
+        pending = Pending(metrics, [Taken(i, m, m.step, m.batch) for i, m in stepping])
         stopping = interrupt.stopping()
         due = [
             (i, m)
@@ -220,12 +251,10 @@ def train(members: list[Member], interrupt: hooks.Interrupt, say: start.Say) -> 
             if any(loop.due(m.config.train, m.step, stopping))
         ]
         if due:
-            pending.record()
+            pending.record(state_of)
             pending = Pending({}, [])
-        for i, member in due:
-            if not member.failure:
-                member.conclude(take(states, i), stopping)
-        if due:
+            for i, member in due:
+                member.conclude(state_of(i), stopping)
             for member in members:
                 member.recorder.restart_clock()
         if stopping and any(member.active for member in members):

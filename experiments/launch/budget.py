@@ -141,8 +141,9 @@ def on_gpus(flops: float, resources: Resources) -> str:
     if not resources.gpus:
         return "time: no guess for processors that aren't known"
     hours = flops / (GPU_SHARE * H100) / 3600
+    shown = short(hours) if hours >= 0.01 else "under 0.01"
     return (
-        f"GPU-hours: {short(hours)}, were they H100s at {GPU_SHARE:.0%} of "
+        f"GPU-hours: {shown}, were they H100s at {GPU_SHARE:.0%} of "
         f"{short(H100)}FLOP/s; no guess for what they are"
     )
 

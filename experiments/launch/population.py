@@ -47,13 +47,11 @@ def told(found: Sequence[Sequence[str]], size: int) -> str:
     sizes = [len(each) for each in found]
     together = [n for n in sizes if n > 1]
     alone = sizes.count(1)
-    line = (
-        f"--vectorize {size}: {sum(together)} runs as {len(together)} programs "
-        f"of {' + '.join(map(str, together))}"
-        if together
-        else f"--vectorize {size}: no two runs differ in scalars and seed alone"
-    )
-    return line + (f", {alone} runs alone" if alone else "")
+    if not together:
+        return f"--vectorize {size}: no two runs differ in scalars and seed alone"
+    parts = [f"{n} runs as one program" for n in together]
+    parts += [f"alone, as they are like no other: {alone}"] if alone else []
+    return f"--vectorize {size}: " + "; ".join(parts)
 
 
 def main(arguments: list[str]) -> int:

@@ -39,7 +39,7 @@ def choice(
     return choose(
         implementation,
         lambda: mosaic_gpu.check(x, compute_dtype, scale=scale),
-        {"L": (x.q_nope.shape[1], 8)},
+        (("L", x.q_nope.shape[1], 8),),
     )
 
 

@@ -26,11 +26,11 @@ def choice(
 
 def tiled(a_MK: tuple[int, ...], b_NK: tuple[int, ...], out_dtype: Any) -> Tiled:
     """Of operands with these shapes, whose last axes are M, N and K."""
-    return {
-        "K": (a_MK[-1], 128),
-        "M": (a_MK[-2], 8),
-        "N": (b_NK[-2], 128 // out_dtype.itemsize),
-    }
+    return (
+        ("K", a_MK[-1], 128),
+        ("M", a_MK[-2], 8),
+        ("N", b_NK[-2], 128 // out_dtype.itemsize),
+    )
 
 
 def fp8_matmul(

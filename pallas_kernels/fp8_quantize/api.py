@@ -5,6 +5,7 @@ gradients are.
 """
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.choice import INTERPRETED, XLA, Choice, Tiled, choose
 from pallas_kernels.fp8_quantize import mosaic_gpu, reference
@@ -25,9 +26,9 @@ def choice(
 def _tiled(x: Array, turned: bool) -> Tiled:
     """Numbers have tiles of 8 x 128 bytes, and so have codes; turned, those of M."""
     rows, columns = x.shape[-2:]
-    last = {"M ": (rows, 128)} if turned else {"N ": (columns, 128)}
+    last = ("M", rows, 128) if turned else ("N", columns, 128)
     wide = 64 if x.dtype.itemsize == 1 else 128 // x.dtype.itemsize
-    return {"M": (rows, 8), "N": (columns, wide), **last}
+    return ("M", rows, 8), ("N", columns, wide), last
 
 
 def quantize(
@@ -133,6 +134,43 @@ def quantize_swiglu(
     return _kernel(gate, None, TILE, turned, power_of_two, least, chosen, up)
 
 
+def quantize_rms_norm(
+    x: Array,
+    scale_N: Array,
+    eps: float,
+    *,
+    power_of_two: bool = False,
+    least: float = MIN_AMAX,
+    turned: bool = False,
+    implementation: str | None = None,
+) -> tuple[Array, Array]:
+    """`quantize` by tiles of RMSNorm(x) * scale_N, which is never written to memory.
+
+    What attention's and the experts' first products read: forward, and `turned` in the
+    backward pass, where DeepSeek-V3 computes it anew (section 3.2.3). One number a row,
+    its inverse root mean square, is computed before by XLA, which reads x once for it.
+
+    Args:
+      scale_N: the norm's own weights, in any float type.
+      eps: added to the mean square.
+      power_of_two, least, turned, implementation: as in `quantize`.
+
+    Raises:
+      ValueError: x is no matrix, or scale_N has another width.
+      NotImplementedError: the implementation demanded does not do it.
+    """
+    _check_matrix("x", x)
+    if scale_N.shape != x.shape[-1:]:
+        raise ValueError(f"scale_N has shape {scale_N.shape}: must be {x.shape[-1:]}")
+    chosen = choice(x, TILE, turned, implementation).implementation
+    inverse_M = reference.inverse_rms(x, eps)
+    if chosen == XLA:
+        normed = reference.rms_normed(x, inverse_M, scale_N)
+        return reference.quantize_turned(normed, turned, TILE, power_of_two, least)
+    norm = inverse_M, scale_N
+    return _kernel(x, None, TILE, turned, power_of_two, least, chosen, norm=norm)
+
+
 def _check_matrix(name: str, x: Array) -> None:
     if x.ndim < 2:
         raise ValueError(f"{name} has shape {x.shape}: must be [..., M, N]")
@@ -147,16 +185,27 @@ def _kernel(
     least: float,
     chosen: str,
     up: Array | None = None,
+    norm: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array]:
     """The kernel on all leading axes as one."""
     if least < E4M3.tiny_amax:
         raise ValueError(f"least = {least}: must be at least {E4M3.tiny_amax}")
     outer = x.shape[:-2]
     x = x.reshape(-1, *x.shape[-2:])
-    scale = None if scale is None else scale.reshape(-1, *scale.shape[-2:])
+    factors: tuple[mosaic_gpu.Factor, ...] = ()
+    if scale is not None:
+        scale = scale.reshape(-1, *scale.shape[-2:]).swapaxes(1, 2)
+        factors = (mosaic_gpu.Factor(scale, by_row=False),)
+    if norm is not None:
+        inverse_BM = norm[0].reshape(x.shape[:2])
+        scale_BN = jnp.broadcast_to(norm[1].astype(jnp.float32), x.shape[::2])
+        factors = (
+            mosaic_gpu.Factor(inverse_BM[:, None], by_row=not turned),
+            mosaic_gpu.Factor(scale_BN[:, None], by_row=turned),
+        )
     up = None if up is None else up.reshape(x.shape)
     rule = power_of_two, least, INTERPRETED.get(chosen)
-    codes, made = mosaic_gpu.quantize(x, scale, block, turned, *rule, up)
+    codes, made = mosaic_gpu.quantize(x, block, turned, *rule, up, factors)
     made = made.swapaxes(-1, -2) if block == TILE else made
     return codes.reshape(*outer, *codes.shape[1:]), made.reshape(
         *outer, *made.shape[1:]

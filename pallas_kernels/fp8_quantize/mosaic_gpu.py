@@ -5,14 +5,16 @@ rows (128 for square blocks) by 128 columns of codes: TMA brings the numbers to 
 memory, one warpgroup takes them into registers, finds largest magnitudes, divides and
 rounds, and TMA takes the codes away. Several thread blocks share a multiprocessor and
 hide each other's waiting. To turn a matrix, the tile is read from shared memory
-transposed (`ldmatrix.trans`); the rest is the same.
+transposed (`ldmatrix.trans`); the rest is the same. What an activation or a norm does
+to numbers happens in registers: a second matrix may come along, and a factor for each
+row or column. A norm's sum over a row is there before: a row is longer than a tile.
 
 Scales are the reference's bit for bit. Codes are but for ties: the GPU's division of
 numbers by scales may be off by two units in the last place, unless these are powers of
 two.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +53,18 @@ def check(x: Array, block: Block, turned: bool, inputs: Any = INPUTS) -> None:
             )
 
 
+class Factor(NamedTuple):
+    """What numbers are multiplied by before they are quantised.
+
+    Attributes:
+      values: f32 [B, J, rows of the result], or columns; J = 1, or of each 128 rows.
+      by_row: one for each row of the result, else for each column.
+    """
+
+    values: Array
+    by_row: bool
+
+
 def scale_of(amax: Array, power_of_two: bool, least: float) -> Array:
     """What `reference.scales` makes of largest magnitudes."""
     amax = jnp.where(amax == 0, MIN_AMAX, jnp.maximum(amax, least))
@@ -67,19 +81,19 @@ def scale_of(amax: Array, power_of_two: bool, least: float) -> Array:
 
 def quantize(
     x: Array,
-    scale: Array | None,
     block: Block,
     turned: bool,
     power_of_two: bool,
     least: float,
     interpret: Any = None,
     up: Array | None = None,
+    factors: tuple[Factor, ...] = (),
 ) -> tuple[Array, Array]:
     """Codes of x [B, M, N], or turned of [B, N, M], and their scales.
 
     Args:
-      scale: [B, M, ceil(N/128)], what x is to be multiplied by first; turned only.
       up: of x's shape; if there, the numbers are silu(x) * up.
+      factors: what numbers are multiplied by, one after another.
 
     Returns:
       Scales of tiles with the axis of tiles before that of rows.
@@ -88,8 +102,8 @@ def quantize(
     rows, columns = sizes[::-1] if turned else sizes
     height = HEIGHT[block]
     down, across = pl.cdiv(rows, height), pl.cdiv(columns, WIDTH)
-    second = up if scale is None else scale.swapaxes(1, 2)
-    inputs = (x,) if second is None else (x, second)
+    matrices = (x,) if up is None else (x, up)
+    inputs = (*matrices, *(factor.values for factor in factors))
 
     def body(*refs: Any) -> None:
         read, (codes, scales), (codes_s, scale_s, arrived, *read_s) = (
@@ -100,20 +114,22 @@ def quantize(
         b, i, j = map(lax.axis_index, "bij")
         at = pl.ds(i * height, height), pl.ds(j * WIDTH, WIDTH)
         source = (b, *(at[::-1] if turned else at))
-        plgpu.copy_gmem_to_smem(read[0].at[source], read_s[0], arrived)
-        if up is not None:
-            plgpu.copy_gmem_to_smem(read[1].at[source], read_s[1], arrived)
-        if scale is not None:
-            tile = pl.ds(lax.div(i * height, WIDTH), 1)
-            plgpu.copy_gmem_to_smem(read[1].at[b, tile, at[1]], read_s[1], arrived)
+        places = [source] * len(matrices)
+        for values, by_row in factors:
+            tile = lax.div(i * height, WIDTH) if values.shape[1] > 1 else 0
+            places.append((b, pl.ds(tile, 1), at[0 if by_row else 1]))
+        for ref, place, ref_s in zip(read, places, read_s, strict=True):
+            plgpu.copy_gmem_to_smem(ref.at[place], ref_s, arrived)
         plgpu.barrier_wait(arrived)
         load = _turned if turned else _straight
         value = load(read_s[0])
         if up is not None:
             value = value / (1 + jnp.exp(-value)) * load(read_s[1])
-        if scale is not None:
-            factor = plgpu.load(read_s[1].at[0], layout=plgpu.Layout.WGMMA.reduce(0))
-            value = value * lax.broadcast_in_dim(factor, value.shape, [1])
+        for (_, by_row), factor_s in zip(factors, read_s[len(matrices) :], strict=True):
+            layout = plgpu.Layout.WGMMA.reduce(1 if by_row else 0)
+            factor = plgpu.load(factor_s.at[0], layout=layout)
+            along = [0 if by_row else 1]
+            value = value * lax.broadcast_in_dim(factor, value.shape, along)
         # Magnitudes as integers, in whose order NaN is last and is not lost.
         bits = lax.bitcast_convert_type(value, jnp.int32) & 0x7FFFFFFF
         most = jnp.max(bits, axis=1)
@@ -138,11 +154,12 @@ def quantize(
     tile = (WIDTH, height) if turned else (height, WIDTH)
     read = [
         plgpu.SMEM(tile, each.dtype, transforms=swizzled(tile[1], each.dtype))
-        for each in (x, up)
-        if each is not None
+        for each in matrices
     ]
-    if scale is not None:
-        read.append(plgpu.SMEM((1, WIDTH), jnp.float32))
+    read += [
+        plgpu.SMEM((1, height if by_row else WIDTH), jnp.float32)
+        for _, by_row in factors
+    ]
     scales = (down, across) if block == BLOCK else (across, rows)
     kernel = plgpu.kernel(
         body,

@@ -185,6 +185,16 @@ def swiglu(gate: Array, up: Array) -> Array:
     return jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
 
 
+def inverse_rms(x: Array, eps: float) -> Array:
+    """1 / sqrt(mean of squares + eps) of each row of x [..., M, N]: [..., M], f32."""
+    return lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(-1) + eps)
+
+
+def rms_normed(x: Array, inverse_M: Array, scale_N: Array) -> Array:
+    """x [..., M, N] times its inverse root mean squares, times `scale_N`, in f32."""
+    return x.astype(jnp.float32) * inverse_M[..., None] * scale_N.astype(jnp.float32)
+
+
 def dequantize(
     codes: Array, scale: Array, block: Block, dtype: jnp.dtype = jnp.float32
 ) -> Array:

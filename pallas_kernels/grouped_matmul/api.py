@@ -16,6 +16,7 @@ PRODUCTS = {XLA: reference.PRODUCTS} | {
     name: reference.Products(
         functools.partial(mosaic_gpu.blocks, interpret=interpret),
         functools.partial(mosaic_gpu.weight_gradient, interpret=interpret),
+        functools.partial(mosaic_gpu.swiglu, interpret=interpret),
     )
     for name, interpret in {MOSAIC_GPU: None, **INTERPRETED}.items()
 }
@@ -29,9 +30,11 @@ def choice(
 ) -> Choice:
     """Which implementation `grouped_dot` takes for such operands, and why no faster."""
     dtypes = [compute_dtype or x.dtype for x in (x_nbD, w_EDF)]
-    axes = dict(zip("DF", w_EDF.shape[1:], strict=True))
     # Operands have tiles of 64 numbers, results in float32 of 32.
-    tiled = {name: (size, 64 if size > 64 else 32) for name, size in axes.items()}
+    tiled = tuple(
+        (name, size, 64 if size > 64 else 32)
+        for name, size in zip("DF", w_EDF.shape[1:], strict=True)
+    )
     return choose(
         implementation,
         lambda: mosaic_gpu.check(x_nbD.shape, w_EDF.shape, *dtypes),
@@ -66,6 +69,54 @@ def grouped_dot(
       ValueError: shapes that do not fit each other.
       NotImplementedError: the implementation demanded does not do it.
     """
+    _check(x_nbD, w_EDF, expert_n, used)
+    chosen = choice(x_nbD, w_EDF, compute_dtype, implementation).implementation
+    return reference.differentiable(
+        x_nbD, w_EDF, expert_n, used, compute_dtype, PRODUCTS[chosen]
+    )
+
+
+def grouped_swiglu(
+    x_nbD: Array,
+    gate_EDF: Array,
+    up_EDF: Array,
+    expert_n: Array,
+    used: Array,
+    compute_dtype: Any = None,
+    *,
+    implementation: str | None = None,
+) -> Array:
+    """silu(x gate) * (x up) of each block by its expert, for i < used; zeros elsewhere.
+
+    The two products that an expert begins with, of which only their gated product is
+    written: what the down-projection multiplies. A backward pass has both kept as well,
+    in the operands' type, where two `grouped_dot`s would keep them in float32.
+
+    Args:
+      x_nbD, expert_n, used, compute_dtype, implementation: as in `grouped_dot`.
+      gate_EDF, up_EDF: matrices for each expert.
+
+    Returns:
+      [n, b, F] in the type that the operands are multiplied in; sums and the gate are
+      computed in float32.
+
+    Raises:
+      ValueError: shapes that do not fit each other.
+      NotImplementedError: the implementation demanded does not do it.
+    """
+    _check(x_nbD, gate_EDF, expert_n, used)
+    if gate_EDF.shape != up_EDF.shape:
+        raise ValueError(
+            f"gate and up have shapes {gate_EDF.shape} and {up_EDF.shape}: must be "
+            "alike"
+        )
+    chosen = choice(x_nbD, gate_EDF, compute_dtype, implementation).implementation
+    return reference.differentiable_swiglu(
+        x_nbD, gate_EDF, up_EDF, expert_n, used, compute_dtype, PRODUCTS[chosen]
+    )
+
+
+def _check(x_nbD: Array, w_EDF: Array, expert_n: Array, used: Array) -> None:
     if x_nbD.ndim != 3 or w_EDF.ndim != 3 or x_nbD.shape[2] != w_EDF.shape[1]:
         raise ValueError(
             f"operands have shapes {x_nbD.shape} and {w_EDF.shape}: must be "
@@ -76,7 +127,3 @@ def grouped_dot(
             f"expert_n and used have shapes {expert_n.shape} and {jnp.shape(used)}: "
             f"must be {x_nbD.shape[:1]} and ()"
         )
-    chosen = choice(x_nbD, w_EDF, compute_dtype, implementation).implementation
-    return reference.differentiable(
-        x_nbD, w_EDF, expert_n, used, compute_dtype, PRODUCTS[chosen]
-    )

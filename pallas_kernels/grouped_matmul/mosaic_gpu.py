@@ -2,10 +2,14 @@
 
 A tile of the result is one block of rows by 256 columns; the copying warpgroup reads
 which expert the block is of and brings that one's weights. Blocks that are not used are
-tiles of no steps: their zeros are stored and nothing is read. The weight gradient has a
-tile for every expert, whose steps are the blocks of that expert, in whatever order.
+tiles of no steps: their zeros are stored and nothing is read. SwiGLU's two products
+have tiles of 128 columns each, so that both sums are in registers at once, and one tile
+of rows for both. The weight gradient has a tile for every expert, whose steps are the
+blocks of that expert, in whatever order.
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -67,9 +71,9 @@ def integers(*arrays: Array) -> tuple[Array, ...]:
     return tuple(jnp.atleast_1d(x).astype(jnp.int32) for x in arrays)
 
 
-def width_of(columns: int) -> int:
+def width_of(columns: int, products: int = 1) -> int:
     """Of a tile: a multiple of 128."""
-    return min(WIDTH, pl.cdiv(columns, 128) * 128)
+    return min(WIDTH // products, pl.cdiv(columns, 128) * 128)
 
 
 def in_turn(i: Array, down: int, across: int) -> tuple[Array, Array]:
@@ -77,15 +81,15 @@ def in_turn(i: Array, down: int, across: int) -> tuple[Array, Array]:
     return plgpu.planar_snake(i, (down, across), 0, 8)
 
 
-def summed(run: Any, width: int, multiply: Any) -> Array:
-    """The sum that `multiply(sum_ref, *buffers)` adds to in all steps of a tile."""
+def summed(run: Any, width: int, multiply: Any, products: int = 1) -> list[Array]:
+    """The sums that `multiply(sum_refs, *buffers)` adds to in all steps of a tile."""
 
-    def product(sum_ref: Any) -> Array:
-        run(lambda step, buffers, carry: multiply(sum_ref, *buffers), None)
-        return sum_ref[...]
+    def product(*sum_refs: Any) -> list[Array]:
+        run(lambda step, buffers, carry: multiply(sum_refs, *buffers), None)
+        return [sum_ref[...] for sum_ref in sum_refs]
 
     half = gpu.ROWS // gpu.COMPUTE
-    return pl.run_scoped(product, plgpu.ACC((half, width), jnp.float32))
+    return pl.run_scoped(product, *[plgpu.ACC((half, width), jnp.float32)] * products)
 
 
 def blocks(
@@ -98,39 +102,86 @@ def blocks(
     interpret: Any = None,
 ) -> Array:
     """See `reference.Products`."""
+    routing = expert_n, used, contract == -1
+    return _blocks(x_nbD, (w_EDF,), *routing, dtype, lambda y: [y], 1, interpret)[0]
+
+
+def swiglu(
+    x_nbD: Array,
+    gate_EDF: Array,
+    up_EDF: Array,
+    expert_n: Array,
+    used: Array,
+    keep: bool,
+    dtype: Any,
+    interpret: Any = None,
+) -> Sequence[Array]:
+    """See `reference.Products`."""
+
+    def ending(gate: Array, up: Array) -> list[Array]:
+        hidden = gate / (1 + jnp.exp(-gate)) * up
+        return [hidden, gate, up] if keep else [hidden]
+
+    routing = expert_n, used, False
+    results = 3 if keep else 1
+    return _blocks(
+        x_nbD, (gate_EDF, up_EDF), *routing, dtype, ending, results, interpret
+    )
+
+
+def _blocks(
+    x_nbD: Array,
+    weights: tuple[Array, ...],
+    expert_n: Array,
+    used: Array,
+    turned: bool,
+    dtype: Any,
+    ending: Callable[..., list[Array]],
+    results: int,
+    interpret: Any,
+) -> list[Array]:
+    """`ending`, of as many `results`, of each block's products with `weights`."""
     shape = x_nbD.shape
     x_nbD, expert_n, used = halved(x_nbD, expert_n, used)
     number, _, depth = x_nbD.shape
-    turned = contract == -1
-    columns = w_EDF.shape[1 if turned else 2]
-    width = width_of(columns)
+    products = len(weights)
+    columns = weights[0].shape[1 if turned else 2]
+    width = width_of(columns, products)
     across = pl.cdiv(columns, width)
 
-    def body(x: Any, w: Any, expert: Any, used: Any, out: Any, buffers: Any) -> None:
+    def body(*refs: Any) -> None:
+        x, *w, expert, used = refs[: products + 3]
+        *out, buffers = refs[products + 3 :]
+
         def along(step: Array) -> Any:
             return pl.ds(step * DEPTH, DEPTH)
 
         def right(place: Any) -> Any:
             return pl.ds(place[1] * width, width)
 
-        def weights(place: Any, step: Array) -> Any:
+        def weight(ref: Any, place: Any, step: Array) -> Any:
             at = (along(step), right(place))
-            return w.at[(expert[place[0]], *(at[::-1] if turned else at))]
+            return ref.at[(expert[place[0]], *(at[::-1] if turned else at))]
 
         def compute(place: Any, run: Any) -> None:
-            def multiply(sum_ref: Any, x_s: Any, w_s: Any) -> None:
-                w_s = w_s.transpose((1, 0)) if turned else w_s
-                plgpu.wgmma(sum_ref, x_s.at[gpu.rows()], w_s)
+            def multiply(sum_refs: Any, x_s: Any, *w_s: Any) -> None:
+                for sum_ref, each_s in zip(sum_refs, w_s, strict=True):
+                    each_s = each_s.transpose((1, 0)) if turned else each_s
+                    plgpu.wgmma(sum_ref, x_s.at[gpu.rows()], each_s)
 
-            value = summed(run, width, multiply)
-            gpu.store(value, buffers, out.at[place[0], :, right(place)])
+            values = ending(*summed(run, width, multiply, products))
+            for value, ref in zip(values, out, strict=True):
+                gpu.store(value, buffers, ref.at[place[0], :, right(place)])
 
         tile = (width, DEPTH) if turned else (DEPTH, width)
         operands = [
             gpu.Operand(
                 (gpu.ROWS, DEPTH), x.dtype, lambda p, k: x.at[p[0], :, along(k)]
             ),
-            gpu.Operand(tile, w.dtype, weights),
+            *(
+                gpu.Operand(tile, ref.dtype, functools.partial(weight, ref))
+                for ref in w
+            ),
         ]
         steps = pl.cdiv(depth, DEPTH)
         tiles = gpu.Tiles(
@@ -139,18 +190,19 @@ def blocks(
             steps=lambda place: jnp.where(place[0] < used[0], steps, 0),
             compute=compute,
             behind=1,
+            products=products,
         )
         gpu.run(tiles, operands, STAGES)
 
     kernel = gpu.kernel(
         body,
-        jax.ShapeDtypeStruct((number, gpu.ROWS, columns), dtype),
+        [jax.ShapeDtypeStruct((number, gpu.ROWS, columns), dtype)] * results,
         number * across,
         scratch=[gpu.store_buffer(dtype)],
         interpret=interpret,
     )
-    y_nbF = kernel(x_nbD, w_EDF, *integers(expert_n, used))
-    return y_nbF.reshape(*shape[:2], columns)
+    made = kernel(x_nbD, *weights, *integers(expert_n, used))
+    return [y_nbF.reshape(*shape[:2], columns) for y_nbF in made]
 
 
 def weight_gradient(
@@ -190,10 +242,11 @@ def weight_gradient(
             return (expert, *in_turn(within, down, across))
 
         def compute(place: Any, run: Any) -> None:
-            def multiply(sum_ref: Any, x_s: Any, g_s: Any) -> None:
-                plgpu.wgmma(sum_ref, x_s.at[:, gpu.rows()].transpose((1, 0)), g_s)
+            def multiply(sum_refs: Any, x_s: Any, g_s: Any) -> None:
+                x_s = x_s.at[:, gpu.rows()].transpose((1, 0))
+                plgpu.wgmma(sum_refs[0], x_s, g_s)
 
-            value = summed(run, width, multiply)
+            (value,) = summed(run, width, multiply)
             gpu.store(value, buffers, out.at[place[0], left(place), right(place)])
 
         operands = [

@@ -7,7 +7,7 @@ but XLA expands it on a CPU to a dense product with every expert.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,17 +63,20 @@ def grouped_dot(
 
 
 class Products(NamedTuple):
-    """The three products of `grouped_dot`, however they are computed.
+    """The products of `grouped_dot` and `grouped_swiglu`, however they are computed.
 
     Attributes:
       blocks: (x_nbD, w_EDF, expert_n, used, contract, dtype) -> each used block times
         its expert's matrix, summed over that one's axis `contract`, in `dtype`.
       weight_gradient: (x_nbD, g_nbF, expert_n, used, experts, dtype) -> the sum of
         x^T g over each expert's used blocks.
+      swiglu: (x_nbD, gate_EDF, up_EDF, expert_n, used, keep, dtype) -> silu(x gate)
+        * (x up) of sums in float32, in `dtype`; with `keep` both products, too.
     """
 
     blocks: Callable[..., Array]
     weight_gradient: Callable[..., Array]
+    swiglu: Callable[..., Sequence[Array]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -147,7 +150,30 @@ def weight_gradient(
     return unrolled(used, len(x_nbD), body, start_EDF).astype(dtype)
 
 
-PRODUCTS = Products(blocks, weight_gradient)
+def gated(gate: Array, up: Array) -> Array:
+    """silu(gate) * up, at least float32."""
+    return jax.nn.silu(gate.astype(wide(gate))) * up.astype(wide(up))
+
+
+def swiglu(
+    x_nbD: Array,
+    gate_EDF: Array,
+    up_EDF: Array,
+    expert_n: Array,
+    used: Array,
+    keep: bool,
+    dtype: Any,
+) -> Sequence[Array]:
+    """See `Products`."""
+    gate_nbF, up_nbF = (
+        blocks(x_nbD, w_EDF, expert_n, used, -2, wide(x_nbD))
+        for w_EDF in (gate_EDF, up_EDF)
+    )
+    kept = [gate_nbF, up_nbF] if keep else []
+    return [each.astype(dtype) for each in (gated(gate_nbF, up_nbF), *kept)]
+
+
+PRODUCTS = Products(blocks, weight_gradient, swiglu)
 
 
 def _forward(
@@ -178,3 +204,58 @@ def _backward(
 
 
 differentiable.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def differentiable_swiglu(
+    x_nbD: Array,
+    gate_EDF: Array,
+    up_EDF: Array,
+    expert_n: Array,
+    used: Array,
+    compute_dtype: Any,
+    products: Products,
+) -> Array:
+    """`grouped_swiglu` by any products; reverse mode only.
+
+    Kept for the backward pass are both products, rounded as operands are.
+    """
+    operands = [rounded(x, compute_dtype) for x in (x_nbD, gate_EDF, up_EDF)]
+    return products.swiglu(*operands, expert_n, used, False, operands[0].dtype)[0]
+
+
+def _swiglu_forward(
+    x_nbD: Array,
+    gate_EDF: Array,
+    up_EDF: Array,
+    expert_n: Array,
+    used: Array,
+    compute_dtype: Any,
+    products: Products,
+) -> tuple[Array, tuple[Array, ...]]:
+    given = x_nbD, gate_EDF, up_EDF
+    operands = [rounded(x, compute_dtype) for x in given]
+    made = products.swiglu(*operands, expert_n, used, True, operands[0].dtype)
+    hidden_nbF, *kept = (checkpoint_name(each, PRODUCT) for each in made)
+    types = (jnp.zeros((0,), x.dtype) for x in given)
+    return hidden_nbF, (*operands, expert_n, used, *kept, *types)
+
+
+def _swiglu_backward(
+    compute_dtype: Any, products: Products, saved: tuple[Array, ...], g_nbF: Array
+) -> tuple[Array | None, ...]:
+    x_nbD, gate_EDF, up_EDF, expert_n, used, gate_nbF, up_nbF, *types = saved
+    pull = jax.vjp(gated, gate_nbF, up_nbF)[1]
+    both = [g.astype(x_nbD.dtype) for g in pull(g_nbF.astype(wide(g_nbF)))]
+    dx_nbD, more_nbD = (
+        products.blocks(g, w_EDF, expert_n, used, -1, wide(x_nbD))
+        for g, w_EDF in zip(both, (gate_EDF, up_EDF), strict=True)
+    )
+    dw = (
+        products.weight_gradient(x_nbD, g, expert_n, used, len(gate_EDF), like.dtype)
+        for g, like in zip(both, types[1:], strict=True)
+    )
+    return (dx_nbD + more_nbD).astype(types[0].dtype), *dw, None, None
+
+
+differentiable_swiglu.defvjp(_swiglu_forward, _swiglu_backward)

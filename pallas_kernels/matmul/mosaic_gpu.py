@@ -72,6 +72,7 @@ class Tiles(NamedTuple):
       compute: (place, run) -> None; calls `run(multiply, start)` once for the sum over
         all steps and stores it. `multiply(step, buffers, carry)` gives the next carry.
       behind: steps that a multiplication may be under way after `multiply` returned.
+      products: that `multiply` starts in a step.
     """
 
     number: int
@@ -79,6 +80,7 @@ class Tiles(NamedTuple):
     steps: Callable[[Place], Array | int]
     compute: Callable[[Place, Callable[..., Any]], None]
     behind: int = 0
+    products: int = 1
 
 
 def run(tiles: Tiles, operands: Sequence[Operand], stages: int) -> None:
@@ -170,7 +172,7 @@ def _compute(
                 plgpu.barrier_wait(full.at[slot])
                 carry = multiply(step, [buffer.at[slot] for buffer in buffers], carry)
                 if tiles.behind:
-                    plgpu.wgmma_wait(tiles.behind)
+                    plgpu.wgmma_wait(tiles.behind * tiles.products)
                     pl.when(step >= tiles.behind)(lambda: release(step - tiles.behind))
                 else:
                     release(step)

@@ -31,7 +31,7 @@ def choice(
         dtypes = {name: compute_dtype or x.dtype for name, x in queries.items()}
         mosaic_gpu.check(dtypes, c_kv, k_rope, table_BP)
 
-    return choose(implementation, check, {"S": (c_kv.shape[1], 8)})
+    return choose(implementation, check, (("S", c_kv.shape[1], 8),))
 
 
 def mla_decode(

@@ -641,8 +641,9 @@ def test_retry_here_runs_what_has_failed(spec, tmp_path, commands, monkeypatch):
     plan.save(plan.load(spec), workdir)
     seen = []
 
-    def run(planned, folder, workers, only):
-        seen.append((list(only), workers, [item.name for item in planned.items]))
+    def run(planned, folder, workers, only, vectorize):
+        names = [item.name for item in planned.items]
+        seen.append((list(only), workers, vectorize, names))
         return 130
 
     monkeypatch.setattr(control.local, "run", run)
@@ -651,8 +652,9 @@ def test_retry_here_runs_what_has_failed(spec, tmp_path, commands, monkeypatch):
         rows = control.runs.read_json(workdir / "summary.json", [])
         row = {"name": name, "status": status, "overrides": {}}
         (workdir / "summary.json").write_text(json.dumps([*rows, row]))
-    assert sweep.main(["retry", str(workdir), "--failed", "--workers=2"]) == 130
-    assert seen == [(["a"], 2, ["a", "b-b"])]
+    flags = ["--failed", "--workers=2", "--vectorize=3"]
+    assert sweep.main(["retry", str(workdir), *flags]) == 130
+    assert seen == [(["a"], 2, 3, ["a", "b-b"])]
     assert plan.read(workdir) == plan.load(spec)
 
 

@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from deepseek_jax.config import STRATEGIES, Config, to_dict
 from deepseek_jax.model.count import count_parameters
 from experiments import common
-from experiments.launch import local, plan
+from experiments.launch import local, plan, population
 from tests.train.corpus import write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -330,6 +330,64 @@ def test_workers_share_the_cores(write, tmp_path):
         assert int(line.split("=")[1]) in (share, cores - share)
 
 
+TEAM = """
+import subprocess, sys
+from pathlib import Path
+
+for argument in sys.argv[1:]:
+    folder, mode, config = argument.split(" ", 2)
+    with (Path(folder) / "log.txt").open("a") as log:
+        command = [sys.executable, "-m", "tests.experiments.fake_train"]
+        subprocess.run([*command, config, folder, mode], stderr=log)
+sys.exit("error: enough of them")
+"""
+
+
+def test_runs_that_share_a_process_end_each_for_itself(
+    write, tmp_path, monkeypatch, capsys
+):
+    """One says itself why it fails, another only ends with the process."""
+    planned = plan.load(write(strategies="'none', 'v3'"))
+    modes = {"v3-s1": "fail", "none-s1": "die"}
+    configs = {each.name: json.dumps(each.record()["config"]) for each in planned.items}
+
+    def command(names, workdir):
+        given = [f"{workdir / n} {modes.get(n, 'well')} {configs[n]}" for n in names]
+        return [sys.executable, "-c", TEAM, *given]
+
+    monkeypatch.setattr(local.population, "command", command)
+    workdir = tmp_path / "out"
+    plan.save(planned, workdir)
+    assert local.run(planned, workdir, vectorize=4) == 1
+    said = capsys.readouterr().err
+    assert "2 runs as one program; 2 runs as one program" in said
+    states = {name: row["status"] for name, row in rows_of(workdir).items()}
+    failed = {"v3-s1", "none-s1"}
+    assert states == {n: "failed" if n in failed else "done" for n in states}
+    assert "v3-s1: FAILED: error: the disk is full" in said
+    assert "none-s1: FAILED: error: enough of them" in said
+    assert local.run(planned, workdir, command=fake(), vectorize=4) == 0
+
+
+def test_runs_are_put_together_by_what_they_share(write):
+    planned = plan.load(write(strategies="'none', 'v3'"))
+    names = [item.name for item in planned.items]
+    found = population.teams(planned, names[:3], 2)
+    assert found == [["none-s0", "none-s1"], ["v3-s0"]]
+    line = population.told(found, 2)
+    assert line == (
+        "--vectorize 2: 2 runs as one program; alone, as they are like no other: 1"
+    )
+    assert "no two runs" in population.told(found[1:], 2)
+
+
+def test_a_run_on_a_mesh_is_not_put_together(write):
+    text = points({"name": "wide", "mesh.data": 2}, {"name": "narrow"})
+    planned = plan.load(write(text))
+    with pytest.raises(ValueError, match="run wide: mesh has 2 devices"):
+        population.teams(planned, ["wide", "narrow"], 2)
+
+
 @pytest.mark.parametrize("workers", range(1, 12))
 def test_shares_are_even_and_use_every_core(workers, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(3, 10)))
@@ -366,7 +424,7 @@ def test_the_summary_is_whole_at_every_moment(write, tmp_path, monkeypatch):
 DRIVER = """
 import sys
 from pathlib import Path
-from experiments.launch import local, plan
+from experiments.launch import local, plan, population
 from tests.experiments.test_sweep import fake
 planned = plan.load(sys.argv[1])
 plan.save(planned, Path(sys.argv[2]))

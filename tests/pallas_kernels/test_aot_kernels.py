@@ -78,6 +78,31 @@ def grouped_with_gradients(name):
     return Case(run, (*operands, *routing(n)), kernels=3)
 
 
+def grouped_gate(name):
+    """Without gradients, where only the result is written."""
+    n, experts, D, F, _, rows = grouped_shapes.SHAPES["v3"][name]
+    weights = (shaped(experts, D, F, dtype=BF16),) * 2
+    run = functools.partial(grouped.grouped_swiglu, implementation=MOSAIC_GPU)
+    return Case(run, (shaped(n, rows, D, dtype=BF16), *weights, *routing(n)))
+
+
+def grouped_gate_with_gradients(name):
+    n, experts, D, F, _, rows = grouped_shapes.SHAPES["v3"][name]
+
+    def run(x, gate, up, g, expert_n, used):
+        def hidden(x, gate, up):
+            return grouped.grouped_swiglu(
+                x, gate, up, expert_n, used, BF16, implementation=MOSAIC_GPU
+            )
+
+        value, pull = jax.vjp(hidden, x, gate, up)
+        return value, pull(g)
+
+    g, weights = shaped(n, rows, F, dtype=BF16), (shaped(experts, D, F),) * 2
+    operands = shaped(n, rows, D, dtype=BF16), *weights, g
+    return Case(run, (*operands, *routing(n)), kernels=5)
+
+
 def grouped_codes(name):
     n, experts, D, F, _, rows = grouped_shapes.SHAPES["v3"][name]
     x = shaped(n, rows, D, dtype=E8), shaped(n, rows, up(D))
@@ -116,11 +141,24 @@ def swiglu(name):
     return Case(run, (shaped(M, N, dtype=BF16),) * 2, COPY)
 
 
+def rms_norm(name):
+    M, N, _, turned = quantize_shapes.SHAPES["v3"][name]
+    run = functools.partial(fp8_quantize.quantize_rms_norm, eps=1e-6, turned=turned)
+    run = functools.partial(run, implementation=MOSAIC_GPU)
+    return Case(run, (shaped(M, N, dtype=BF16), shaped(N)), COPY)
+
+
 CASES = (
     {f"fp8_matmul, {name}": fp8(name) for name in fp8_shapes.SHAPES["v3"]}
     | {
         f"{function.__name__}, {name}": function(name)
-        for function in (grouped_with_gradients, grouped_codes, grouped_codes_gradient)
+        for function in (
+            grouped_with_gradients,
+            grouped_gate,
+            grouped_gate_with_gradients,
+            grouped_codes,
+            grouped_codes_gradient,
+        )
         for name in grouped_shapes.SHAPES["v3"]
     }
     | {
@@ -130,7 +168,8 @@ CASES = (
     }
     | {"requantize": requantised("activations, turned")}
     | {
-        f"quantize_swiglu, {name}": swiglu(name)
+        f"quantize_{function.__name__}, {name}": function(name)
+        for function in (swiglu, rms_norm)
         for name in ("activations", "activations, turned")
     }
 )

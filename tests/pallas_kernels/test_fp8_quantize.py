@@ -188,6 +188,31 @@ def test_swiglu_is_quantised_as_if_it_had_been_written(turned):
     assert distance(fp8.dequantize(codes, scale, fp8.TILE), exact) < 0.04
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_norm_is_quantised_as_if_it_had_been_written(turned, dtype):
+    """But for the sum of squares, which XLA may add up in another order."""
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(2, 144, 208)) * 10.0 ** rng.integers(-3, 3, (2, 144, 1))
+    x, scale = jnp.asarray(x, dtype), jnp.asarray(rng.normal(size=208), jnp.float32)
+    made = []
+    for name in (KERNEL, XLA):
+        call = functools.partial(
+            api.quantize_rms_norm, eps=1e-6, turned=turned, implementation=name
+        )
+        made.append([np.asarray(y, np.float32) for y in interpreted(call)(x, scale)])
+    (codes, scales), (want_codes, want_scales) = made
+    np.testing.assert_allclose(scales, want_scales, rtol=1e-6)
+    assert (codes != want_codes).mean() < 1e-3
+    np.testing.assert_allclose(codes, want_codes, rtol=0.13)
+    # And that is RMSNorm, to E4M3's rounding.
+    wide = np.asarray(x, np.float64)
+    exact = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6)
+    exact = exact * np.asarray(scale, np.float64)
+    exact = exact.swapaxes(1, 2) if turned else exact
+    assert distance(fp8.dequantize(codes, scales, fp8.TILE), exact) < 0.04
+
+
 def test_what_is_not_finite_has_a_scale_that_is_not():
     x = jnp.ones((64, 256)).at[3, 130].set(jnp.nan).at[5, 7].set(jnp.inf)
     for power_of_two in (False, True):
@@ -226,5 +251,7 @@ def test_shapes_that_do_not_fit_are_refused():
         api.requantize(codes, jnp.ones((4, 1)))
     with pytest.raises(ValueError, match=r"x has shape \(3,\)"):
         api.quantize(jnp.zeros(3))
+    with pytest.raises(ValueError, match=r"scale_N has shape \(9,\): must be \(8,\)"):
+        api.quantize_rms_norm(jnp.zeros((4, 8)), jnp.ones(9), 1e-6)
     with pytest.raises(ValueError, match=r"gate and up .*\(4, 8\) and .*\(4, 9\)"):
         api.quantize_swiglu(jnp.zeros((4, 8)), jnp.zeros((4, 9)))

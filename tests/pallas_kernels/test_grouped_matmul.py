@@ -13,7 +13,7 @@ from pallas_kernels.choice import XLA
 from pallas_kernels.grouped_matmul import api
 from pallas_kernels.grouped_matmul.reference import grouped_dot, grouped_dot_oracle
 from pallas_kernels.grouped_matmul.shapes import SHAPES, Shape
-from pallas_kernels.testing import KERNEL, Suite
+from pallas_kernels.testing import KERNEL, Suite, distance
 from tests.agreement import as_dtype, assert_agree, matmul_dtypes, with_gradients
 
 EXPERTS, ROWS, WIDTH, OUT = 5, 3, 7, 9
@@ -178,6 +178,61 @@ def test_master_weights_are_rounded_and_their_gradient_is_not():
     assert_agree(got, want, 1e-5)
 
 
+def swiglu_inputs(key, shape):
+    """As `kernel_inputs`, with a second matrix for each expert."""
+    x, gate, *routing = kernel_inputs(key, shape)
+    up = jax.random.normal(jax.random.key(9), gate.shape, gate.dtype)
+    x = x * shape.D**-0.5  # so that the gate is neither open nor shut
+    return x, gate, up, *routing
+
+
+def swiglu_in_float32(x, gate, up, *routing):
+    gate, up = (in_float32(x, w, *routing) for w in (gate, up))
+    return jax.nn.silu(gate) * up
+
+
+# Results, what is kept of the products and their gradients are rounded to bfloat16.
+SWIGLU = Suite(
+    operation=api.grouped_swiglu,
+    oracle=swiglu_in_float32,
+    inputs=swiglu_inputs,
+    shapes=SUITE.shapes,
+    bound=5e-3,
+    differentiable=(0, 1, 2),
+)
+
+
+@pytest.mark.parametrize("shape", ["ragged", "tall blocks", "none used"])
+@pytest.mark.parametrize("implementation", [XLA, KERNEL])
+def test_swiglu_and_its_gradients_are_the_oracle_s(implementation, shape):
+    SWIGLU.check_values(implementation, shape)
+    SWIGLU.check_gradients(implementation, shape, seed=1)
+
+
+def test_swiglu_is_rounded_once():
+    x = swiglu_inputs(jax.random.key(2), SHAPES["ci"]["ragged"])
+    made = [SWIGLU.run(name, *x) for name in (KERNEL, XLA)]
+    assert all(each.dtype == jnp.bfloat16 for each in made)
+    # But for ties, which a last bit of an exponential decides.
+    assert (np.asarray(made[0]) != np.asarray(made[1])).mean() < 1e-3
+    assert distance(made[0], swiglu_in_float32(*x)) < 2e-3
+
+
+def test_swiglu_in_float32_is_exact():
+    operands = swiglu_inputs(jax.random.key(3), Shape(2, 2, 24, 40, 2))[:3]
+    x, gate, up = as_dtype(operands, jnp.float32)
+    routing = jnp.array([1, 0]), jnp.int32(2)
+
+    def gradients(function, *x):
+        value, pull = jax.vjp(lambda *x: function(*x, *routing), *x)
+        return value, *pull(jnp.ones_like(value))
+
+    got = jax.jit(functools.partial(gradients, api.grouped_swiglu))(x, gate, up)
+    want = jax.jit(functools.partial(gradients, swiglu_in_float32))(x, gate, up)
+    assert all(each.dtype == jnp.float32 for each in got)
+    assert_agree(got, want, 1e-5)
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "complaint"),
     [
@@ -201,6 +256,8 @@ def test_shapes_that_do_not_fit_are_refused():
     expert_n = jnp.zeros(2, int)
     with pytest.raises(ValueError, match=r"\(2, 128, 8\) and \(3, 16, 8\)"):
         api.grouped_dot(x, w.swapaxes(1, 2), expert_n, 1)
+    with pytest.raises(ValueError, match=r"gate and up.*\(3, 8, 16\) and \(3, 8, 9\)"):
+        api.grouped_swiglu(x, w, w[..., :9], expert_n, 1)
     with pytest.raises(ValueError, match=r"\(3,\) and \(\): must be \(2,\)"):
         api.grouped_dot(x, w, jnp.zeros(3, int), 1)
     with pytest.raises(ValueError, match=r"must be \(2,\) and \(\)"):

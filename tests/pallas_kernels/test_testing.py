@@ -162,3 +162,19 @@ def test_hopper_gpus_get_the_kernel(monkeypatch, kind):
 def test_other_devices_do_not(monkeypatch, kind):
     monkeypatch.setattr(choice, "target", lambda: Card(kind))
     assert choice.choose(None, able).implementation == XLA
+
+
+def test_axes_that_are_no_whole_tiles_are_copied_by_the_simulator_alone(monkeypatch):
+    monkeypatch.setattr(choice, "require_hopper", lambda: None)
+    for size in (3, 8, 64):
+        assert choose_for(size).implementation == "mosaic_gpu"
+    found = choose_for(20)
+    assert found.implementation == XLA
+    assert found.reason == "K = 20: the kernel wants a multiple of 8, or fewer"
+    assert choose_for(20, INTERPRET) == (INTERPRET, "")
+    with pytest.raises(NotImplementedError, match="K = 20"):
+        choose_for(20, "mosaic_gpu")
+
+
+def choose_for(size, demanded=None):
+    return choice.choose(demanded, lambda: None, (("K", size, 8),))

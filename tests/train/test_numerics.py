@@ -32,6 +32,14 @@ def looked(runtime=FP8):
     return parts, state, look, look(state, random_batch(CONFIG))
 
 
+def state_of_maps():
+    """The weights of all linear maps."""
+    params = looked()[1].params
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    names = "kernel", "gate", "up", "down"
+    return [np.asarray(w) for path, w in flat if path[-1].key in names]
+
+
 def broken(change):
     """What is said first of parameters that `change` has spoilt."""
     _, state, look, _ = looked()
@@ -131,6 +139,14 @@ def test_record_has_shares_by_map_and_layer():
     lost = sum(int(each.underflowed.sum()) for each in found["x"].values())
     total = sum(int(each.total.sum()) for each in found["x"].values())
     assert record["eval_underflowed_x"] == lost / total > 0
+    by_map = found["w"].values()
+    tiles = sum(int(each.scales.sum()) for each in by_map)
+    assert sum(count for _, count in record["eval_scales_w"]) == tiles > 0
+    (low, _), *_, (high, _) = record["eval_scales_w"]
+    largest = max(abs(w).max() for w in jax.tree.leaves(state_of_maps()))
+    # The scales of attention's output projection are rounded up to powers of two.
+    exact = np.log2(largest / 448)
+    assert low <= np.floor(exact) <= high <= np.ceil(exact)
 
 
 def test_operands_are_rounded_as_the_policy_says():

@@ -1,6 +1,7 @@
 """One program of many runs gives each run the numbers that it has alone."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ STEPS = 50
 def tiny(**groups) -> Config:
     """The least that has each kind of layer: a program to compile is what costs."""
     return small(
-        model=dataclasses.replace(SMALL, num_layers=2),
+        model=dataclasses.replace(SMALL, num_layers=1, num_dense=0),
         **({"batch": 4, "length": 8} if "data" not in groups else {}),
         **groups,
     )
@@ -100,26 +101,44 @@ FORMS = {
 }
 
 
-def test_a_population_equals_separate_runs_in_float64():
+@functools.cache
+def all_alone(wide: bool) -> list[tuple[list, list]]:
+    with jax.enable_x64(wide):
+        return [alone(config, i, STEPS) for i, config in enumerate(runs())]
+
+
+@pytest.mark.parametrize(
+    "form", ["one by one", pytest.param("vmap on two devices", marks=pytest.mark.slow)]
+)
+def test_a_population_equals_separate_runs_in_float64(form):
+    expected = all_alone(wide=True)
     with jax.enable_x64(True):
-        expected = [alone(config, i, STEPS) for i, config in enumerate(runs())]
-        for devices, each in FORMS.values():
-            found = together(runs(), devices, each, STEPS)
-            for (metrics, _), (told, _) in zip(expected, found, strict=True):
-                for one, other in zip(metrics, told, strict=True):
-                    for name in ("loss", "ce", "mtp_ce", "penalty", "grad_norm"):
-                        np.testing.assert_allclose(other[name], one[name], 1e-9, 1e-9)
-                    for name in ("load", "bias", "lr", "speed"):
-                        np.testing.assert_array_equal(other[name], one[name])
-            for (_, state), (_, other) in zip(expected, found, strict=True):
-                jax.tree.map(
-                    lambda a, b: np.testing.assert_allclose(a, b, 1e-7, 1e-9),
-                    state,
-                    other,
-                )
-        lines = [[told["loss"] for told in metrics] for metrics, _ in expected]
-        gaps = [abs(np.subtract(lines[0], line)).max() for line in lines[1:]]
-        assert min(gaps) > 1e-3  # else nothing was told apart
+        found = together(runs(), *FORMS[form], STEPS)
+    for (metrics, state), (told, other) in zip(expected, found, strict=True):
+        for before, after in zip(metrics, told, strict=True):
+            for name in ("loss", "ce", "mtp_ce", "penalty", "grad_norm"):
+                np.testing.assert_allclose(after[name], before[name], 1e-9, 1e-9)
+            for name in ("load", "bias", "lr", "speed"):
+                np.testing.assert_array_equal(after[name], before[name])
+        near = functools.partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-9)
+        jax.tree.map(near, other, state)
+    lines = [[told["loss"] for told in metrics] for metrics, _ in expected]
+    gaps = [abs(np.subtract(lines[0], line)).max() for line in lines[1:]]
+    assert min(gaps) > 1e-3  # else nothing was told apart
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_in_float32_losses_stay_together(form):
+    expected = all_alone(wide=False)
+    found = together(runs(), *FORMS[form], STEPS)
+    gaps = [
+        abs(after["loss"] - before["loss"])
+        for (metrics, _), (told, _) in zip(expected, found, strict=True)
+        for before, after in zip(metrics, told, strict=True)
+    ]
+    print(f"{form}: largest difference of a loss {max(gaps):.1e}")
+    assert max(gaps) < 1e-3
 
 
 SPLIT = {"mesh.data": (MeshConfig(data=2), "none"), "schedule": (MeshConfig(), "gpipe")}

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from deepseek_jax import train
-from deepseek_jax.config import DataConfig, MeshConfig
+from deepseek_jax.checkpoint import metadata
+from deepseek_jax.config import DataConfig, MeshConfig, RuntimeConfig, to_dict
 from deepseek_jax.train import start
 from tests.factory import SMALL, small
 from tests.train.corpus import write_corpus
@@ -29,6 +30,28 @@ def test_a_mesh_that_does_not_fit_is_refused_before_any_work(
     with pytest.raises(ValueError, match=r"make 2 devices"):
         train.run(unfit, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_strict_mode_refuses_what_has_no_kernel_before_any_work(
+    config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(start, "open_corpus", pytest.fail)
+    runtime = RuntimeConfig(compute="bf16", strict=True)
+    strict = dataclasses.replace(config, runtime=runtime)
+    with pytest.raises(
+        ValueError, match=r"runtime.strict = True: .*attention: .*'cpu'"
+    ):
+        train.run(strict, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_tells_its_kernels_and_may_go_on_with_others(config, tmp_path):
+    told = start.open_run(config, tmp_path / "run").description
+    assert told["runtime"]["kernels"] == {
+        "all": {"implementation": "xla", "reason": "not a Hopper GPU"}
+    }
+    other = dataclasses.replace(config, runtime=RuntimeConfig(implementation="xla"))
+    metadata.check_same(told, {"config": to_dict(other)}, tmp_path)
 
 
 def test_opening_a_run_leaves_its_folder_alone(config, tmp_path):

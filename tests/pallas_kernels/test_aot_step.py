@@ -1,0 +1,103 @@
+"""The whole training step of a replica is machine code for Hopper with kernels in it.
+
+`mini`, whose heads and experts the kernels have; its layers are scanned, so fewer of
+them would compile no faster. Needs the extra `aot`; skipped without, unless REQUIRE_AOT
+is set.
+"""
+
+import dataclasses
+import functools
+import re
+from collections import Counter
+
+import jax
+
+from benchmarks.aot_h100 import shapes
+from deepseek_jax import presets
+from deepseek_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    MTPConfig,
+    OptimConfig,
+    RuntimeConfig,
+)
+from deepseek_jax.train import layout
+from deepseek_jax.train.state import assemble
+from deepseek_jax.train.step import make_step
+from pallas_kernels import testing
+from pallas_kernels.choice import MOSAIC_GPU
+
+FLASH = "flash_mla_forward", "flash_mla_queries", "flash_mla_keys"
+MAPS = "q_a", "q_b", "kv_a", "kv_b", "o", "gate", "up", "down"
+TOTALS = {"bf16": {"attention", "grouped_dot"}}
+TOTALS["fp8_v3"] = TOTALS["bf16"] | {f"linear {name}" for name in MAPS}
+
+
+def config(compute: str, **changes) -> Config:
+    """`mini` in strict mode; the MTP module is one more block of the same kind."""
+    runtime = RuntimeConfig(compute=compute, strict=True)
+    model = dataclasses.replace(presets.mini(), mtp=MTPConfig(depth=0))
+    data, optim = DataConfig(batch=8, length=512), OptimConfig(horizon=100)
+    return dataclasses.replace(
+        Config(model=model, data=data, optim=optim, runtime=runtime), **changes
+    )
+
+
+def compiled(config: Config, devices) -> tuple[Counter, list[testing.Report]]:
+    """Places of the kernels in the program and how many are there; their reports."""
+    with jax.default_device(devices[0]):
+        chosen = layout.kernels(config, devices)
+        assert set(chosen) == TOTALS[config.runtime.compute]
+        assert set(chosen.values()) == {(MOSAIC_GPU, "")}
+        parts = assemble(config, devices)
+        lower = functools.partial(make_step(parts).lower, *shapes(parts))
+        program, reports = testing.compile_lowered(devices[0], lower)
+    calls = [
+        line
+        for line in program.as_text().splitlines()
+        if "custom-call(" in line and "mosaic_gpu" in line
+    ]
+    return Counter(re.search(r'op_name="([^"]*)"', line)[1] for line in calls), reports
+
+
+def number(calls: Counter, *parts: str) -> int:
+    """Kernels at places whose names have all these parts."""
+    return sum(n for place, n in calls.items() if all(part in place for part in parts))
+
+
+def check(calls: Counter, reports: list[testing.Report]) -> None:
+    """Attention of both stacks, forward and backward, and experts' six products.
+
+    XLA may have a kernel twice in a program.
+    """
+    for name in FLASH:
+        for stack in ("/dense/", "/moe/"):
+            assert number(calls, stack, "/core/", name) >= 1
+    assert number(calls, "/experts/") >= 6
+    for report in reports:
+        testing.assert_hopper(report, ("tma", "mbarrier"))
+    assert sum("wgmma" in report.ptx for report in reports) >= len(FLASH) + 3
+
+
+def test_in_bf16(h100s):
+    calls, reports = compiled(config("bf16"), h100s[:1])
+    check(calls, reports)
+    assert number(calls) == number(calls, "/core/") + number(calls, "/experts/")
+
+
+def test_in_fp8(h100s):
+    calls, reports = compiled(config("fp8_v3"), h100s[:1])
+    check(calls, reports)
+    # Fprop, Dgrad and Wgrad of each map: two operands are quantised, then multiplied.
+    for name in MAPS:
+        for stack in ("/dense/", "/moe/"):
+            assert number(calls, stack, f"/{name}/") >= 9
+
+
+def test_on_two_cards_that_share_experts(h100s):
+    """There kernels are inside of `shard_map`."""
+    mesh = MeshConfig(expert=2, rules="zero1")
+    calls, reports = compiled(config("bf16", mesh=mesh), h100s[:2])
+    check(calls, reports)
+    assert number(calls, "shard_map") == number(calls)
