@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(path: str | Path) -> "tuple[Config, dict[str, Any], Any, Tokenizer | None]":
+def load(
+    path: str | Path, average: bool = False
+) -> "tuple[Config, dict[str, Any], Any, Tokenizer | None]":
     """(config, params, balance, tokenizer) of a run's newest good checkpoint.
 
     Parameters are float32. The tokenizer is None for a checkpoint that was converted
@@ -18,15 +20,18 @@ def load(path: str | Path) -> "tuple[Config, dict[str, Any], Any, Tokenizer | No
 
     Args:
       path: a workdir, its checkpoints/, or one step.
+      average: the parameters are the mean that a run with `optim.ema` keeps of them;
+        the router biases are the last step's all the same.
 
     Raises:
-      ValueError: there is no good checkpoint at `path`, or the tokenizer beside it is
-        another one than the run was trained with.
+      ValueError: there is no good checkpoint at `path`, or it holds no mean; or the
+        tokenizer beside it is another one than the run was trained with.
     """
     import dataclasses
     import warnings
 
     import jax
+    import jax.numpy as jnp
 
     from deepseek_jax import tokenizer
     from deepseek_jax.checkpoint import folders, manager
@@ -42,6 +47,15 @@ def load(path: str | Path) -> "tuple[Config, dict[str, Any], Any, Tokenizer | No
     wanted = {"params": like.params, "balance": like.balance}
     restored = manager.restore(root, wanted, step=step, partial=True)
     assert restored is not None
+    params = restored.state["params"]
+    if average:
+        mean = manager.restore_average(root, restored.step, like.params)
+        if mean is None:
+            raise ValueError(
+                f"average = True: {root / str(restored.step)} holds no mean of the "
+                "parameters, as its run had optim.ema = 0; must be False"
+            )
+        params = jax.tree.map(jnp.asarray, mean)
     folder, trained = root.parent / "tokenizer", description["tokenizer"]["hash"]
     vocabulary = None
     try:
@@ -55,4 +69,4 @@ def load(path: str | Path) -> "tuple[Config, dict[str, Any], Any, Tokenizer | No
             f"{folder} holds another tokenizer (hash {vocabulary.hash}) than the "
             f"checkpoint was trained with (hash {trained}); copy that one back"
         )
-    return config, restored.state["params"], restored.state["balance"], vocabulary
+    return config, params, restored.state["balance"], vocabulary

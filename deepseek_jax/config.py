@@ -297,10 +297,11 @@ class OptimConfig:
     moments: str = "f32"  # what AdamW's are kept as; the paper's: bf16
     mtp_weight: float = 0.3  # lambda
     mtp_weight_changes: Changes = ()
+    ema: float = 0.0  # decay of the parameters' mean, see train.average; 0 = none
 
     def __post_init__(self) -> None:
         _positive("optim", self, "lr", "clip")
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "ema"):
             value = getattr(self, name)
             _check(0 <= value < 1, f"optim.{name}", value, "must lie in [0, 1)")
         for name in ("weight_decay", "mtp_weight"):

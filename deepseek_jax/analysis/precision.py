@@ -20,6 +20,7 @@ from deepseek_jax.analysis.charts import (
 )
 from deepseek_jax.analysis.runs import Run, Study
 from deepseek_jax.analysis.seeds import Curve, Spread, curve, spread
+from deepseek_jax.config import flatten
 
 POLICY, REFERENCE = "runtime.compute", "bf16"
 KEEP = 0.9
@@ -43,26 +44,37 @@ def relative(run: Run, base: Run, key: str = "ce") -> Curve:
     return both, 100 * (mine / theirs - 1)
 
 
-def pairs(study: Study) -> dict[str, list[tuple[Run, Run]]]:
-    """By label, runs in 8 bits, each with the bfloat16 run of its seed.
+def _else(run: Run) -> tuple[tuple[str, str], ...]:
+    """A run's settings but for how it is computed."""
+    flat = flatten(run.config)
+    return tuple((k, repr(v)) for k, v in flat.items() if not k.startswith("runtime."))
 
-    Runs that differ in more than precision have no partner: there is then no label, or
-    more than one, in bfloat16.
+
+def pairs(study: Study) -> dict[str, list[tuple[Run, Run]]]:
+    """By label, runs in 8 bits, each with the bfloat16 run that is like it otherwise.
+
+    Those without such a run are left out.
     """
-    references = {run.label: None for run in study.runs if run.get(POLICY) == REFERENCE}
-    if len(references) != 1:
-        return {}
-    base = {run.seed: run for run in study.of(*references)}
+    bases = {_else(run): run for run in study.runs if run.get(POLICY) == REFERENCE}
     found = {
-        label: [(run, base[run.seed]) for run in study.of(label) if run.seed in base]
+        label: [
+            (run, bases[_else(run)])
+            for run in study.of(label)
+            if str(run.get(POLICY)).startswith("fp8") and _else(run) in bases
+        ]
         for label in study.labels
-        if label not in references
     }
-    return {
-        label: both
-        for label, both in found.items()
-        if both and str(both[0][0].get(POLICY)).startswith("fp8")
-    }
+    return {label: both for label, both in found.items() if both}
+
+
+def unfinished(study: Study) -> list[str]:
+    """Runs of `pairs` that stopped, or are not done yet, with their steps."""
+    return [
+        f"{run.name} ({run.steps or 0} of {run.total_steps} steps)"
+        for both in pairs(study).values()
+        for run, _ in both
+        if not run.final
+    ]
 
 
 class Cost(NamedTuple):
@@ -71,35 +83,41 @@ class Cost(NamedTuple):
     label: str
     signed: Spread  # mean over steps of the smoothed difference
     magnitude: Spread  # of its magnitude
-    final: Spread | None  # of the validation loss after the last step
+    final: Spread  # of the validation loss after the last step
+
+
+def _last_loss(run: Run) -> float:
+    return (run.final or {}).get("eval_ce", np.nan)
 
 
 def ranking(study: Study) -> list[Cost]:
-    """Settings from the one nearest to bfloat16 on."""
+    """Settings from the one nearest to bfloat16 on, by their finished runs.
+
+    One that stopped early, as a run that diverges does, would look near.
+    """
     made = []
-    for label, both in pairs(study).items():
+    for label, every in pairs(study).items():
+        both = [(run, base) for run, base in every if run.final and base.final]
         gaps = [(run.seed, relative(run, base)[1]) for run, base in both]
-        signed = spread((seed, float(gap.mean())) for seed, gap in gaps if len(gap))
-        size = spread((s, float(np.abs(gap).mean())) for s, gap in gaps if len(gap))
+        signed = spread((seed, float(gap.mean())) for seed, gap in gaps)
+        size = spread((seed, float(np.abs(gap).mean())) for seed, gap in gaps)
         final = spread(
-            (run.seed, 100 * (run.final["eval_ce"] / base.final["eval_ce"] - 1))
+            (run.seed, 100 * (_last_loss(run) / _last_loss(base) - 1))
             for run, base in both
-            if run.final and base.final
         )
-        if signed and size:
+        if signed and size and final:
             made.append(Cost(label, signed, size, final))
     return sorted(made, key=lambda cost: cost.magnitude.mean)
 
 
 def markdown(study: Study) -> str:
-    """The ranking as Markdown; "" if there is none."""
-    costs = ranking(study)
+    """The ranking as Markdown, and who is not in it; "" if nothing is in 8 bits."""
+    costs, rest = ranking(study), unfinished(study)
+    left_out = f"\nNot counted, for want of all steps: {', '.join(rest)}.\n"
     if not costs:
-        return ""
+        return left_out if rest else ""
 
-    def text(value: Spread | None) -> str:
-        if value is None:
-            return "–"
+    def text(value: Spread) -> str:
         std = "" if value.std is None else f" ± {value.std:.3f}"
         return f"{value.mean:+.3f}{std} %"
 
@@ -115,7 +133,7 @@ def markdown(study: Study) -> str:
         size, n = text(each.magnitude).lstrip("+"), each.signed.n
         cells = (each.label, str(n), size, text(each.signed), text(each.final))
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + (left_out if rest else "")
 
 
 def relative_loss(study: Study) -> Chart | None:

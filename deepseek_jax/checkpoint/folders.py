@@ -1,10 +1,10 @@
 """A run's checkpoints on disk: where they lie, and whether they are still whole.
 
 DIR/checkpoints/<step>/ has the items `state` (arrays, Orbax's format), `data` (the
-position of the data iterator, JSON), `config` (what `metadata.describe` gives, JSON)
-and, of a step that was evaluated, `metrics` (JSON), beside `digests.json`: size and
-CRC-32 of every file of theirs. Ours: without it Orbax 0.12 restores a flipped byte
-without a word.
+position of the data iterator, JSON), `config` (what `metadata.describe` gives, JSON);
+of a run with `optim.ema`, `average` (the mean of the parameters, arrays); and of a step
+that was evaluated, `metrics` (JSON), beside `digests.json`: size and CRC-32 of every
+file of theirs. Ours: without it Orbax 0.12 restores a flipped byte without a word.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 
 FOLDER = "checkpoints"
 ITEMS = ("state", "data", "config")
+AVERAGE = "average"
 METRICS = "metrics"  # Orbax's name for what it ranks checkpoints by
 SOURCE = "source"  # beside them in a converted step: what it was converted from
 DIGESTS = "digests.json"
@@ -54,7 +55,7 @@ def resolve(path: str | Path) -> tuple[Path, int | None]:
 def write_digests(step_dir: Path) -> None:
     """Records size and CRC-32 of every file of a step's items."""
     digests = {}
-    for item in (*ITEMS, METRICS, SOURCE):
+    for item in (*ITEMS, AVERAGE, METRICS, SOURCE):
         for file in sorted((step_dir / item).rglob("*")):
             if file.is_file():
                 digests[str(file.relative_to(step_dir))] = _digest(file)

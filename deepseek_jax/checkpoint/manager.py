@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from deepseek_jax.checkpoint.barrier import Barrier, reading
 from deepseek_jax.checkpoint.folders import (
+    AVERAGE,
     ITEMS,
     Say,
     choose,
@@ -151,6 +153,20 @@ def _read(root: Path, step: int, like: Any, partial: bool) -> Restored:
     return Restored(step, items["state"], items["data"], items["config"])
 
 
+def restore_average(root: Path, step: int, like: Any) -> Any | None:
+    """The mean of the parameters (`like`, or shapes) that a good step holds, as numpy's
+    arrays, whole and in float32; None where it holds none.
+    """
+    if not (root / str(step) / AVERAGE).is_dir():
+        return None
+    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
+    args = {AVERAGE: ocp.args.PyTreeRestore(like, restore_args=arguments)}
+    with reading() as reader:
+        return reader.restore(root / str(step), args=ocp.args.Composite(**args))[
+            AVERAGE
+        ]
+
+
 def check_space(root: Path, state: Any, count: int) -> None:
     """Refuses to start where `count` checkpoints do not fit on the disk.
 
@@ -209,7 +225,7 @@ class Checkpoints:
         keep = policies.AnyPreservationPolicy([policies.LatestN(keep_last), best])
         self.manager = ocp.CheckpointManager(
             self.root,
-            item_names=ITEMS,
+            item_names=(*ITEMS, AVERAGE),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=keep,
                 best_fn=_eval_ce,  # else Orbax keeps metrics in memory only
@@ -236,19 +252,26 @@ class Checkpoints:
         data: Any,
         config: dict[str, Any],
         eval_ce: float | None = None,
+        average: Any = None,
     ) -> None:
-        """Copies `state` and writes it in the background; waits for the save before.
+        """Copies `state` and the parameters' mean, if there is one, and writes them in
+        the background; waits for the save before.
 
         Raises:
           DiskFull: this save or the one before met a full disk.
         """
         self.wait()
+        trees = {ITEMS[0]: state} | ({} if average is None else {AVERAGE: average})
+        arrays = {
+            name: ocp.args.PyTreeSave(tree, jax.tree.map(_chunks, tree))
+            for name, tree in trees.items()
+        }
         self.saving, self.barrier.committed = step, False
         with self._told():
             self.manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(state, jax.tree.map(_chunks, state)),
+                    **arrays,
                     data=ocp.args.JsonSave(data),
                     config=ocp.args.JsonSave(config),
                 ),

@@ -35,9 +35,9 @@ class InUse(ValueError):
 class NotFinite(FloatingPointError):
     """A step whose loss, gradient or evaluation is no number."""
 
-    def __init__(self, step: int, text: str):
+    def __init__(self, step: int, name: str, text: str):
         super().__init__(text)
-        self.step = step
+        self.step, self.name = step, name
 
 
 class Interrupt:
@@ -124,7 +124,7 @@ def check_finite(
         if not math.isfinite(values[name]):
             value = float(values[name])
             text = f"{name} is {value} at step {step}: {ADVICE}"
-            raise NotFinite(step, text)
+            raise NotFinite(step, name, text)
 
 
 @jax.jit

@@ -19,6 +19,7 @@ from deepseek_jax.config import Config, TrainConfig, flatten, to_dict
 from deepseek_jax.data.batch import Batch
 from deepseek_jax.parallel import processes
 from deepseek_jax.train import hooks, layout, numerics, start, writers
+from deepseek_jax.train.average import Average, following
 from deepseek_jax.train.metrics import Recorder
 from deepseek_jax.train.start import Callback, Run
 from deepseek_jax.train.state import TrainState
@@ -70,8 +71,9 @@ def run(
             Checkpoints(workdir / FOLDER, **keep, say=progress.say) as checkpoints,
             start.record_after(opened, workdir, step, progress, callback) as recorder,
             hooks.Interrupt(progress.say) as interrupt,
+            following(config, workdir / FOLDER, step, state.params) as mean,
         ):
-            train(opened, state, step, checkpoints, recorder, interrupt)
+            train(opened, state, step, checkpoints, recorder, interrupt, mean)
         processes.wait()
     return writers.read(workdir / writers.METRICS)
 
@@ -83,8 +85,11 @@ def train(
     checkpoints: Checkpoints,
     recorder: Recorder,
     interrupt: hooks.Interrupt,
+    mean: Average | None = None,
 ) -> TrainState:
     """Steps done+1 .. train.steps; the last one is evaluated and saved.
+
+    `mean`, if given, follows the parameters and is evaluated and saved with them.
 
     Raises:
       FloatingPointError: a number is not finite; named by map and layer where it is
@@ -101,16 +106,27 @@ def train(
                 compiled = compile_step(opened.parts, state, taken[step])
             state, metrics = compiled(state, taken[step])
             recorder.take(step, metrics)
+            if mean is not None:
+                mean.update(state.params)
             stopping = interrupt.stopping()
             if any(due(config, step, stopping)):
-                conclude(opened, state, step, checkpoints, recorder, stopping)
+                conclude(opened, state, step, checkpoints, recorder, stopping, mean)
             if stopping and step < config.steps:
                 raise hooks.Interrupted(f"stopped after step {step}, which is saved")
     except hooks.NotFinite as error:
         raise explained(error, opened, state, taken[error.step], recorder) from None
     if done >= config.steps:  # fewer steps are asked for than were done
-        recorder.evaluated(done, opened.evaluate(state, done))
+        recorder.evaluated(done, evaluated(opened, state, done, mean))
     return state
+
+
+def evaluated(
+    opened: Run, state: TrainState, step: int, mean: Average | None
+) -> writers.Record:
+    """The evaluation of the state after a step, and of the parameters' mean."""
+    if mean is None:
+        return opened.evaluate(state, step)
+    return opened.evaluate(state, step, mean.placed(state.params))
 
 
 def explained(
@@ -120,9 +136,17 @@ def explained(
     batch: Batch,
     recorder: Recorder,
 ) -> FloatingPointError:
-    """The error with the map and layer where it began, in the step of this batch."""
+    """The error with the map and layer where it began, in the step of this batch.
+
+    An evaluation's has other batches, and is left as it is.
+    """
+    if error.name not in hooks.GUARDED:
+        return error
     recorder.progress.say("looking for the first number that is not finite")
-    where = numerics.explained(opened.parts, state, batch)
+    try:
+        where = numerics.explained(opened.parts, state, batch)
+    except RuntimeError as failure:  # as when there is no memory for it
+        where = f"where, was not found: {failure}"
     return FloatingPointError(f"{error}; {where}")
 
 
@@ -140,6 +164,7 @@ def conclude(
     checkpoints: Checkpoints,
     recorder: Recorder,
     stopping: bool,
+    mean: Average | None = None,
 ) -> None:
     """Evaluates and saves the state after a step, as far as that is due.
 
@@ -147,16 +172,17 @@ def conclude(
       FloatingPointError: a loss, gradient or parameter is not finite.
       checkpoint.manager.DiskFull: there is no room for the checkpoint.
     """
-    evaluated, saved = due(opened.parts.config.train, step, stopping)
+    looked_at, saved = due(opened.parts.config.train, step, stopping)
     recorder.flush()
     eval_ce = None
-    if evaluated:
+    if looked_at:
         recorder.progress.wait(f"evaluating after step {step}")
-        record = opened.evaluate(state, step)
+        record = evaluated(opened, state, step, mean)
         recorder.evaluated(step, record)
         eval_ce = record["eval_ce"]
     if saved:
         hooks.check_params(step, state.params)
         position = opened.rows.get_state()
-        checkpoints.save(step, state, position, opened.description, eval_ce)
+        average = None if mean is None else mean.value()
+        checkpoints.save(step, state, position, opened.description, eval_ce, average)
     recorder.restart_clock()

@@ -20,7 +20,7 @@ import numpy as np
 from deepseek_jax.data.batch import Batch
 from deepseek_jax.model.linear import Linear
 from deepseek_jax.model.moe import MoE
-from deepseek_jax.model.transformer import OBSERVED
+from deepseek_jax.model.transformer import OBSERVED, Totals
 from deepseek_jax.precision import policy, quantize
 from deepseek_jax.precision.fp8_dots import Recipe
 from deepseek_jax.precision.later import now
@@ -60,7 +60,8 @@ def of(x: Array, scheme: quantize.Scheme) -> Found:
     # Those that are not finite are one too far, and fall away.
     power = jnp.where(jnp.isfinite(scale), power, POWERS)
     numbers = jnp.bincount(power, length=POWERS)
-    return Found(*counts, jnp.int32(x.size), numbers)
+    # A float: the experts of one layer of DeepSeek-V3 are too many for 32 bits.
+    return Found(*counts, jnp.float32(x.size), numbers)
 
 
 def recipes(parts: Parts) -> Callable[[str], Recipe]:
@@ -137,12 +138,18 @@ class Watched:
         return out
 
 
-def look(parts: Parts, state: TrainState, batch: Batch) -> Looked:
-    """The three operands of every map on one batch; may be jitted.
+def look(
+    parts: Parts, state: TrainState, batch: Batch, counts: Totals | None = None
+) -> Looked:
+    """The three operands of every map on some rows; may be jitted.
 
-    It holds the gradients of all maps' outputs at once.
+    It holds the gradients of all maps' outputs on these rows at once.
+
+    Args:
+      counts: of the batch that the rows are of, whose mean the loss is; None: of them.
     """
-    recipe_of, counts = recipes(parts), totals(parts, batch)
+    recipe_of = recipes(parts)
+    counts = totals(parts, batch) if counts is None else counts
     optim = parts.config.optim
     weight = piecewise(optim.mtp_weight, optim.mtp_weight_changes)(state.step)
 
@@ -209,8 +216,14 @@ def record(looked: Looked) -> dict[str, Any]:
     return values
 
 
+def some(batch: Batch, rows: int, index: int = 0) -> Batch:
+    """`rows` rows of a batch, or all that it has; strided, as micro-batches are."""
+    parts = max(len(batch.tokens) // rows, 1)
+    return jax.tree.map(lambda x: x[index], micro_batches(batch, parts))
+
+
 def recorder(parts: Parts) -> Callable[[TrainState, Batch], dict[str, Any]] | None:
-    """`record` of a micro-batch's rows of a batch; None: nothing is in 8 bits.
+    """`record` of a row for each device of a batch; None: nothing is in 8 bits.
 
     Nor under a pipeline, whose ranks were not made to hold whole gradients.
     """
@@ -221,23 +234,48 @@ def recorder(parts: Parts) -> Callable[[TrainState, Batch], dict[str, Any]] | No
 
     @jax.jit
     def looked(state: TrainState, batch: Batch) -> Looked:
-        few = jax.tree.map(lambda x: x[0], micro_batches(batch, config.micro_batches))
-        return look(parts, state, few)
+        return look(
+            parts, state, some(batch, parts.model.rt.devices), totals(parts, batch)
+        )
 
     return lambda state, batch: record(jax.device_get(looked(state, batch)))
 
 
 def explained(parts: Parts, state: TrainState, batch: Batch) -> str:
-    """`first_not_finite` of a batch whose step changed nothing."""
-    looked = jax.jit(functools.partial(look, parts))(state, batch)
-    return first_not_finite(jax.device_get(looked))
+    """Where numbers are first not finite, of a batch whose step was `step.refused`.
+
+    A parameter, or else a map's operand: some rows after others, as many at a time as
+    a micro-batch has.
+    """
+    state = state._replace(step=-1 - state.step)
+    if bad := spoilt(state):
+        return bad
+    micro = parts.config.micro_batches
+    looked = jax.jit(functools.partial(look, parts))
+    counts = totals(parts, batch)
+    for index in range(micro):
+        rows = some(batch, len(batch.tokens) // micro, index)
+        said = first_not_finite(jax.device_get(looked(state, rows, counts)))
+        if said:
+            return said
+    return "all parameters and all operands of linear maps are finite"
+
+
+def spoilt(state: TrainState) -> str:
+    """Names the parameter, or balancer's number, that is not finite; "" if all are."""
+    for tree in (state.params, state.balance):
+        for where, x in _leaves(tree):
+            bad = int((~jnp.isfinite(x)).sum())
+            if bad:
+                return f"{where} has {bad} numbers of {x.size} that are not finite"
+    return ""
 
 
 def first_not_finite(looked: Looked) -> str:
-    """Names the map and layer where numbers first are not finite.
+    """Names the map and layer where numbers first are not finite; "" if all are.
 
-    Inputs and weights in the order in which they are computed; if all of them are
-    finite, gradients in the reverse order.
+    Inputs in the order in which they are computed; if all of them are finite, what
+    follows the last map is not, or gradients in the reverse order.
     """
 
     def place(where: str, layer: int) -> tuple[Any, ...]:
@@ -252,9 +290,14 @@ def first_not_finite(looked: Looked) -> str:
         for layer, n in enumerate(np.asarray(found.not_finite))
         if n
     ]
-    forward = [entry for entry in bad if entry[1] != "g"]
     if not bad:
-        return "all inputs, weights and gradients of linear maps are finite"
+        return ""
+    forward = [entry for entry in bad if entry[1] != "g"]
     _, operand, where, layer, n, total = min(forward) if forward else max(bad)
-    kind = {"x": "input", "w": "weight", "g": "output's gradient"}[operand]
-    return f"first not finite: the {kind} of {where}, layer {layer}: {n} of {total}"
+    named = f"of {where}, layer {layer}: {n} of {total}"
+    if operand == "g":
+        return (
+            "the inputs of all linear maps are finite, so it is the head, the loss or "
+            f"a gradient, first the output's {named}"
+        )
+    return f"first not finite: the {'input' if operand == 'x' else 'weight'} {named}"

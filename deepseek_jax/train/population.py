@@ -71,8 +71,13 @@ def check(config: Config) -> None:
     """Refuses a run that can't be one of several in a program.
 
     Raises:
-      ValueError: it needs more than a device.
+      ValueError: it needs more than a device, or its parameters' mean is asked for.
     """
+    if config.optim.ema:
+        raise ValueError(
+            f"optim.ema = {config.optim.ema}: must be 0 for a run that is one of "
+            "several in a program; leave out --vectorize, or it"
+        )
     if config.mesh.size > 1:
         raise ValueError(
             f"mesh has {config.mesh.size} devices: must have one for a run that is one "

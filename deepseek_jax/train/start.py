@@ -20,10 +20,19 @@ from deepseek_jax.data import pipeline
 from deepseek_jax.data.cache import default_cache
 from deepseek_jax.data.sources import open_corpus
 from deepseek_jax.parallel import processes
-from deepseek_jax.train import hooks, layout, numerics, pipelined, trackers, writers
-from deepseek_jax.train.evaluate import evaluate, make_evaluate_batch
+from deepseek_jax.train import (
+    average,
+    hooks,
+    layout,
+    numerics,
+    pipelined,
+    trackers,
+    writers,
+)
+from deepseek_jax.train.evaluate import Evaluation, evaluate, make_evaluate_batch
 from deepseek_jax.train.metrics import Recorder
 from deepseek_jax.train.state import Parts, TrainState, assemble, init_state
+from deepseek_jax.typing import Params
 
 TOKENIZER = "tokenizer"
 TENSORBOARD = "tensorboard"
@@ -39,7 +48,7 @@ class Run(NamedTuple):
     description: metadata.Description
     tokenizer: tokenizers.Tokenizer
     rows: Any  # the training iterator, of global batches
-    evaluate: Callable[[TrainState, int], writers.Record]  # of the state after a step
+    evaluate: Callable[..., writers.Record]  # as `make_evaluator` returns it
     evaluate_batch: Any = None  # its program
 
 
@@ -93,10 +102,11 @@ def open_run(config: Config, workdir: Path, like: Run | None = None) -> Run:
       like: a run that differs in scalars alone, whose evaluation this one shares.
 
     Raises:
-      ValueError: a setting does not fit the devices, or the data, or names a tracker
-        that is not here; or there is no kernel where there has to be one.
+      ValueError: a setting does not fit the devices or processes, or the data, or names
+        a tracker that is not here; or there is no kernel where there has to be one.
     """
     trackers.names(config.train.trackers)
+    average.check(config)
     if config.pipeline.schedule != "none":
         pipelined.plan(config)
     parts = processes.together(lambda: assemble(config))
@@ -151,7 +161,9 @@ def check(run: Run, workdir: Path) -> None:
     if saved := saved_description(workdir):
         metadata.check_same(saved, run.description, workdir)
     config = run.parts.config
-    like = jax.eval_shape(lambda: init_state(run.parts, config.seed))
+    like: Any = jax.eval_shape(lambda: init_state(run.parts, config.seed))
+    if config.optim.ema:
+        like = like, like.params
     kept = config.train.keep_last + config.train.keep_best
     manager.check_space(workdir / folders.FOLDER, like, kept)
 
@@ -162,23 +174,33 @@ def make_evaluator(
     validation: Iterable[Any],
     domains: tuple[str, ...],
     workdir: Path,
-) -> Callable[[TrainState, int], writers.Record]:
+) -> Callable[..., writers.Record]:
     """The evaluation over the whole validation set, which keeps its probe on disk.
 
-    In FP8 it says, too, what its first batch loses.
+    In FP8 it says, too, what its first batch loses. What is returned takes the state
+    after a step, that step, and the mean of the parameters if there is one, whose cross
+    entropy under the same biases is `eval_ce_average`.
     """
     lost = numerics.recorder(parts)
 
-    def evaluate_after(state: TrainState, step: int) -> writers.Record:
-        previous = writers.previous_probe(workdir, step)
+    def over(state: TrainState, previous: Any = None) -> Evaluation:
         batches = (processes.share(parts.mesh, batch) for batch in validation)
-        result = evaluate(evaluate_batch, parts, state, batches, domains, previous)
+        return evaluate(evaluate_batch, parts, state, batches, domains, previous)
+
+    def evaluate_after(
+        state: TrainState, step: int, mean: Params | None = None
+    ) -> writers.Record:
+        result = over(state, writers.previous_probe(workdir, step))
+        record = result.metrics
         if processes.is_first():
             writers.save_probe(workdir, step, result.probe)
-        if lost is None:
-            return result.metrics
-        first = processes.share(parts.mesh, next(iter(validation)))
-        return result.metrics | lost(state, first)
+        if mean is not None:
+            averaged = over(state._replace(params=mean)).metrics
+            record["eval_ce_average"] = averaged["eval_ce"]
+        if lost is not None:
+            first = processes.share(parts.mesh, next(iter(validation)))
+            record |= lost(state, first)
+        return record
 
     return evaluate_after
 

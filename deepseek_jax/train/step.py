@@ -82,6 +82,15 @@ def accumulate(
     return jax.lax.scan(add, zeros, batches)[0]
 
 
+def refused(state: TrainState) -> TrainState:
+    """The state after a step that is not finite: the same, and no step changes it.
+
+    A step is dispatched before the one before is known to be finite. What the first
+    refused one saw is kept to be looked at; step is -1 minus the number of steps done.
+    """
+    return state._replace(step=jnp.where(state.step < 0, state.step, -1 - state.step))
+
+
 def plain_step(parts: Parts) -> Step:
     """The step as a pure function, to be compiled or mapped over runs."""
     config = parts.config
@@ -129,9 +138,9 @@ def plain_step(parts: Parts) -> Step:
             balance,
             state.key,
         )
-        # What is not finite changes nothing, so that it can still be looked for.
-        sound = jnp.isfinite(losses.loss) & jnp.isfinite(norm)
-        return jax.tree.map(functools.partial(jnp.where, sound), new, state), metrics
+        sound = jnp.isfinite(losses.loss) & jnp.isfinite(norm) & (state.step >= 0)
+        kept = refused(state)
+        return jax.tree.map(functools.partial(jnp.where, sound), new, kept), metrics
 
     return step
 

@@ -13,15 +13,26 @@ SHIFTS = {"bf16": 0.0, "fp8_v3": 0.001, "fp8_block_grads": 0.02}
 LOST = {"moe/attn/q_a": [0.001, 0.003], "moe/moe/experts": [0.01, 0.01]}
 
 
-def study(path, policies=tuple(SHIFTS), seeds=2):
-    """Runs whose losses are a given factor of the first policy's, by seed."""
+def study(path, policies=tuple(SHIFTS), seeds=2, steps=None, lr=None):
+    """Runs whose losses are a given factor of the first policy's, by seed.
+
+    Args:
+      steps: done, by policy; the others are finished.
+      lr: by policy, where it is not the usual one.
+    """
     folders = []
     for policy in policies:
         for seed in range(seeds):
+            config = synthetic.config(seed=seed)
             config = dataclasses.replace(
-                synthetic.config(seed=seed), runtime=RuntimeConfig(compute=policy)
+                config,
+                runtime=RuntimeConfig(compute=policy),
+                optim=dataclasses.replace(
+                    config.optim, lr=(lr or {}).get(policy, config.optim.lr)
+                ),
             )
-            folder = synthetic.write_run(path / f"{policy}-s{seed}", config)
+            folder = path / f"{policy}-s{seed}"
+            synthetic.write_run(folder, config, (steps or {}).get(policy))
             factor = 1 + SHIFTS[policy] * (1 + seed)
             lines = []
             for line in (folder / "metrics.jsonl").read_text().splitlines():
@@ -71,3 +82,19 @@ def test_without_bfloat16_there_is_nothing_to_say(tmp_path):
     assert precision.ranking(made) == []
     assert precision.markdown(made) == ""
     assert precision.relative_loss(made) is None
+
+
+def test_a_run_that_stopped_is_not_ranked(tmp_path):
+    made = study(tmp_path, steps={"fp8_v3": 3})
+    assert [cost.label.split("=")[-1] for cost in precision.ranking(made)] == [
+        "fp8_block_grads"
+    ]
+    text = precision.markdown(made)
+    assert "fp8_v3-s0 (3 of 40 steps), fp8_v3-s1 (3 of 40 steps)" in text
+    assert len(precision.relative_loss(made).panels[0].lines) == 2
+
+
+def test_runs_that_differ_otherwise_are_no_pair(tmp_path):
+    made = study(tmp_path, lr={"fp8_block_grads": 1e-5})
+    (cost,) = precision.ranking(made)
+    assert "fp8_v3" in cost.label

@@ -24,6 +24,7 @@ from deepseek_jax.tokenizer.bytes import Bytes
 from deepseek_jax.train import hooks, loop, start
 from deepseek_jax.train.hooks import Interrupted
 from deepseek_jax.train.state import TrainState
+from deepseek_jax.train.step import refused
 from deepseek_jax.train.writers import read
 from tests.factory import small
 
@@ -75,7 +76,9 @@ def compile_step(parts, state, batch):
         w = w.at[0].add(jnp.where(row == POISON["weight"], jnp.inf, 0))
         memory = (0.5 * state.opt_state[0] + w,)
         new = state._replace(step=state.step + 1, params={"w": w}, opt_state=memory)
-        return new, metrics
+        sound = jnp.isfinite(metrics["loss"]) & (state.step >= 0)
+        kept = refused(state)
+        return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, kept), metrics
 
     return jax.jit(step, donate_argnums=0)
 
@@ -271,12 +274,12 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoints(
     tmp_path, whole, monkeypatch
 ):
     def explained(parts, state, batch):
-        return f"row {batch:g} was looked at"
+        return f"row {batch:g} was looked at, {-1 - state.step} steps were done"
 
     monkeypatch.setattr(loop.numerics, "explained", explained)
     POISON["row"] = 7
     with pytest.raises(
-        FloatingPointError, match=r"loss is -?inf at step 7.*; row 7 was looked at"
+        FloatingPointError, match=r"loss is -?inf at step 7.*; row 7 .*, 6 steps"
     ):
         train.run(config(), tmp_path / "run")
     assert folders.steps(tmp_path / "run" / "checkpoints") == [4]

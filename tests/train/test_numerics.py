@@ -49,8 +49,9 @@ def broken(change):
     params = jax.tree.map(
         lambda new, old: jax.device_put(new, old.sharding), params, state.params
     )
-    found = look(state._replace(params=params), random_batch(CONFIG))
-    return numerics.first_not_finite(found)
+    spoilt = state._replace(params=params)
+    found = look(spoilt, random_batch(CONFIG))
+    return numerics.spoilt(spoilt), numerics.first_not_finite(found)
 
 
 def test_every_map_is_there_with_all_its_numbers():
@@ -168,13 +169,35 @@ def test_first_layer_that_is_not_finite_is_named():
     def expert(params):
         params["moe"]["moe"]["up"][0, 1, 0, 0] = np.inf
 
-    def embedding(params):
-        params["embed"][:] = np.inf
+    def head(params):
+        params["head"][0, 0] = np.inf
 
-    assert "the weight of moe/attn/kv_b, layer 1: 1 of" in broken(weight)
-    assert "the weight of moe/moe/experts, layer 0: 1 of" in broken(expert)
-    assert "the input of dense/attn/q_a, layer 0" in broken(embedding)
-    assert "are finite" in broken(lambda params: None)
+    def large(params):  # finite, but the products of the layer after it are not
+        params["dense"]["ffn_norm"]["scale"][:] = 1e38
+
+    named, first = broken(weight)
+    assert named.startswith("moe/attn/kv_b/kernel has 1 numbers of")
+    assert "the weight of moe/attn/kv_b, layer 1: 1 of" in first
+    named, first = broken(expert)
+    assert named.startswith("moe/moe/up has 1 numbers of")
+    assert "the weight of moe/moe/experts, layer 0: 1 of" in first
+    named, first = broken(head)
+    assert named.startswith("head has 1 numbers of")
+    assert first.startswith("the inputs of all linear maps are finite")
+    named, first = broken(large)
+    assert named == ""
+    assert "the input of dense/ffn/down, layer 0" in first
+    assert broken(lambda params: None) == ("", "")
+
+
+def test_a_refused_step_is_explained():
+    parts, state, *_ = looked()
+    dense = state.params["dense"]
+    large = {"scale": dense["ffn_norm"]["scale"].at[:].set(1e38)}
+    params = state.params | {"dense": dense | {"ffn_norm": large}}
+    refused = state._replace(step=-1 - state.step, params=params)
+    said = numerics.explained(parts, refused, random_batch(CONFIG))
+    assert "the input of dense/ffn/down, layer 0" in said
 
 
 def test_gradients_are_named_when_all_else_is_finite():
@@ -184,4 +207,4 @@ def test_gradients_are_named_when_all_else_is_finite():
     spoilt = found | {"g": found["g"] | {"moe/moe/shared/up": bad}}
     last = CONFIG.model.num_moe - 1
     said = numerics.first_not_finite(spoilt)
-    assert f"the output's gradient of moe/moe/shared/up, layer {last}: 2 of" in said
+    assert f"the output's of moe/moe/shared/up, layer {last}: 2 of" in said

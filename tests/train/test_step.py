@@ -130,14 +130,27 @@ def test_what_remat_drops_is_not_kept():
     assert none > 1.2 * products > 1.2 * full
 
 
-def test_a_step_that_is_not_finite_changes_nothing():
+def test_a_step_that_is_not_finite_changes_nothing_nor_do_later_ones():
     config = small()
     parts = assemble(config)
-    state = init_state(parts, 0)
+    step, batch = make_step(parts), random_batch(config)
+    state, _ = step(init_state(parts, 0), batch)
+    head = np.array(state.params["head"])
     broken = state._replace(
         params=state.params | {"head": state.params["head"].at[0, 0].set(np.inf)}
     )
-    before = jax.tree.map(np.asarray, broken)
-    after, metrics = make_step(parts)(broken, random_batch(config))
+    before = jax.tree.map(np.array, broken)
+    after, metrics = step(broken, batch)
     assert not np.isfinite(metrics["loss"])
-    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, after))
+    assert after.step == -2  # one was done
+    # A finite one, dispatched before the loss was read.
+    mended = after._replace(params=after.params | {"head": head})
+    later, metrics = step(mended, random_batch(config, seed=1))
+    assert np.isfinite(metrics["loss"])
+    assert later.step == -2
+    np.testing.assert_array_equal(later.params["head"], head)
+    rest = [
+        state._replace(step=0, params=state.params | {"head": 0})
+        for state in (before, later)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b)), *rest)
