@@ -158,8 +158,8 @@ def grouped(
 
 
 def kept_output(out: Array, lse: Array, *, form: str) -> tuple[Array, Array]:
-    """What attention's backward pass and the map after it read, of [P, R, O] and [P, R,
-    1]; a format's scales are powers of two, for 128 numbers of a head at most.
+    """What attention's backward pass and the map after it read, of out [..., O]; a
+    format's scales are powers of two, for 128 numbers of a head at most.
     """
     lse = checkpoint_name(lse, CACHE)
     if form == "bf16":

@@ -86,6 +86,8 @@ def kernels(config: Config, devices: list[jax.Device] | None = None) -> Choices:
         return {"all": Choice(XLA, "not a Hopper GPU")}
     own = tuple(jax.devices() if devices is None else devices)
     found = _traced(_as_small(config), own, str(jax.config.jax_default_device))
+    if asked.attention == "plain":
+        found = {"attention": Choice(XLA, "runtime.attention = 'plain'")} | found
     slow = [
         f"{name}: {choice.reason}" for name, choice in found.items() if choice.reason
     ]

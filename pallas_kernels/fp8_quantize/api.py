@@ -54,10 +54,10 @@ def quantize(
       E4M3 [..., M, N] and float32 [..., ceil(M/m), ceil(N/n)]; turned: M, N exchanged.
 
     Raises:
-      ValueError: x is no matrix.
+      ValueError: x is no matrix, or `least` is below that of a normal scale.
       NotImplementedError: the implementation demanded does not do it.
     """
-    _check_matrix("x", x)
+    _check("x", x, least)
     chosen = choice(x, block, turned, implementation).implementation
     if chosen == XLA:
         return reference.quantize_turned(x, turned, block, power_of_two, least)
@@ -88,7 +88,7 @@ def requantize(
       ValueError: scales that do not fit the codes.
       NotImplementedError: the implementation demanded does not do it.
     """
-    _check_matrix("codes", codes)
+    _check("codes", codes, least)
     wanted = (*codes.shape[:-1], -(-codes.shape[-1] // TILE[1]))
     if scale.shape != wanted:
         raise ValueError(f"scale has shape {scale.shape}: must be {wanted}")
@@ -121,7 +121,7 @@ def quantize_swiglu(
       ValueError: gate and up differ in shape or dtype, or are no matrices.
       NotImplementedError: the implementation demanded does not do it.
     """
-    _check_matrix("gate", gate)
+    _check("gate", gate, least)
     if (gate.shape, gate.dtype) != (up.shape, up.dtype):
         raise ValueError(
             f"gate and up are {gate.dtype} {gate.shape} and {up.dtype} {up.shape}: "
@@ -159,7 +159,7 @@ def quantize_rms_norm(
       ValueError: x is no matrix, or scale_N has another width.
       NotImplementedError: the implementation demanded does not do it.
     """
-    _check_matrix("x", x)
+    _check("x", x, least)
     if scale_N.shape != x.shape[-1:]:
         raise ValueError(f"scale_N has shape {scale_N.shape}: must be {x.shape[-1:]}")
     chosen = choice(x, TILE, turned, implementation).implementation
@@ -171,9 +171,11 @@ def quantize_rms_norm(
     return _kernel(x, None, TILE, turned, power_of_two, least, chosen, norm=norm)
 
 
-def _check_matrix(name: str, x: Array) -> None:
+def _check(name: str, x: Array, least: float) -> None:
     if x.ndim < 2:
         raise ValueError(f"{name} has shape {x.shape}: must be [..., M, N]")
+    if least < E4M3.tiny_amax:
+        raise ValueError(f"least = {least}: must be at least {E4M3.tiny_amax}")
 
 
 def _kernel(
@@ -188,8 +190,6 @@ def _kernel(
     norm: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array]:
     """The kernel on all leading axes as one."""
-    if least < E4M3.tiny_amax:
-        raise ValueError(f"least = {least}: must be at least {E4M3.tiny_amax}")
     outer = x.shape[:-2]
     x = x.reshape(-1, *x.shape[-2:])
     factors: tuple[mosaic_gpu.Factor, ...] = ()

@@ -40,7 +40,7 @@ def test_all_parts_fit_into_eight_minutes():
 
 def run(tmp_path, code, seconds):
     part = gpu.Part("it", seconds, f"-c {shlex.quote(code)}")
-    return gpu.run(part, {"runs": tmp_path}, {"HELLO": "there"})
+    return gpu.run(part, part.seconds, {"runs": tmp_path}, {"HELLO": "there"})
 
 
 def test_a_part_s_output_and_end_are_kept(tmp_path):
@@ -159,3 +159,11 @@ def test_all_parts_run_at_tiny_sizes(tmp_path):
     assert [part["state"] for part in summary["parts"]] == ["ok"] * 6
     runs = json.loads((tmp_path / "mini.json").read_text())["runs"]
     assert [run["run"] for run in runs] == ["kernels", "xla"]
+
+
+def test_late_parts_get_what_is_left():
+    part, now = gpu.PARTS["hopper"][0], time.monotonic()
+    assert gpu.seconds_left(part, now) == part.seconds
+    late = now - (gpu.TOTAL - 2 * gpu.GRACE - 3)
+    assert 2 < gpu.seconds_left(part, late) <= 3
+    assert gpu.seconds_left(part, now - gpu.TOTAL) == 0
