@@ -117,5 +117,7 @@ def test_fallbacks_are_told_with_their_reasons(monkeypatch):
     runtime = dataclasses.replace(runtime, block=128, strict=True)
     assert "kernels: mosaic_gpu for attention, grouped_dot" in said(1, runtime=runtime)
     plain = dataclasses.replace(runtime, attention="plain")
-    with pytest.raises(ValueError, match="xla: attention: runtime.attention = 'plain'"):
+    with pytest.raises(
+        ValueError, match=r"xla: attention: runtime\.attention = 'plain'"
+    ):
         said(1, runtime=plain)
