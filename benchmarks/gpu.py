@@ -149,7 +149,10 @@ def probe(device: str) -> dict[str, str]:
     )
     if found.returncode:
         last = (found.stderr.strip().splitlines() or ["nothing was said"])[-1]
-        raise Refused(f"JAX does not start with {Path(sys.executable).name}: {last}")
+        raise Refused(
+            f"JAX does not start with {Path(sys.executable).name}: {last}; it takes "
+            "python3, or another: make bench-gpu PYTHON=.venv/bin/python"
+        )
     answer: dict[str, str] = json.loads(found.stdout.splitlines()[-1])
     if device == "hopper" and answer["refusal"]:
         raise Refused(

@@ -93,7 +93,9 @@ def resources(options: argparse.Namespace) -> slurm.Resources | None:
         if options.workers != 1:
             raise ValueError("--workers is for --launcher=local: --array-parallelism")
         if options.vectorize != 1:
-            raise ValueError("--vectorize is for --launcher=local")
+            raise ValueError(
+                "--vectorize is for --launcher=local: on Slurm every run is a task"
+            )
         if "options" in given:
             given["options"] = tuple(given["options"])
         return slurm.Resources(**given)

@@ -183,9 +183,8 @@ class Progress:
         self._print(f"\r{text}\x1b[K\n" if self.live else f"{text}\n")
 
     def wait(self, text: str) -> None:
-        """Says on a terminal what takes time, until the next line takes its place."""
-        if self.live:
-            self._print(f"\r{text} ...\x1b[K")
+        """Says what takes time; on a terminal until the next line takes its place."""
+        self._print(f"\r{text} ...\x1b[K" if self.live else f"{text}\n")
 
     def close(self) -> None:
         """Ends the live line."""

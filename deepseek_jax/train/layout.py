@@ -88,13 +88,11 @@ def kernels(config: Config, devices: list[jax.Device] | None = None) -> Choices:
     found = _traced(_as_small(config), own, str(jax.config.jax_default_device))
     if asked.attention == "plain":
         found = {"attention": Choice(XLA, "runtime.attention = 'plain'")} | found
-    slow = [
-        f"{name}: {choice.reason}" for name, choice in found.items() if choice.reason
-    ]
+    slow = {name: choice for name, choice in found.items() if choice.reason}
     if asked.strict and slow:
         raise ValueError(
-            "runtime.strict = True: must have a kernel for every callable, and these "
-            f"fall back to {XLA}: {'; '.join(slow)}"
+            "runtime.strict = True: everything must have a kernel, and does not; leave "
+            f"it out to train without: {_grouped(slow)}"
         )
     return found
 
@@ -143,11 +141,14 @@ def _kernels(choices: Choices) -> str:
     if len({choices[name] for name in maps}) == 1:  # all alike
         rest = {name: choices[name] for name in choices if name not in maps}
         choices = rest | {"linear": choices[maps[0]]}
+    return f"kernels: {_grouped(choices)}"
+
+
+def _grouped(choices: Choices) -> str:
     groups: dict[Choice, list[str]] = {}
     for name, choice in choices.items():
         groups.setdefault(choice, []).append(name)
-    texts = [
+    return "; ".join(
         f"{implementation} for {', '.join(names)}" + f" ({reason})" * bool(reason)
         for (implementation, reason), names in groups.items()
-    ]
-    return f"kernels: {'; '.join(texts)}"
+    )

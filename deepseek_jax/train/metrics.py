@@ -18,6 +18,11 @@ from deepseek_jax.eval import routing
 from deepseek_jax.train.hooks import Progress, check_finite
 from deepseek_jax.train.writers import Record, Writer
 
+# Of an evaluation, where the run has them.
+ALSO_SHOWN = (
+    "eval_ce_average",
+    *(f"eval_underflowed_{operand}" for operand in "xwg"),
+)
 SCALARS = ("loss", "ce", "penalty", "lr", "grad_norm", "speed")
 
 
@@ -107,10 +112,14 @@ class Recorder:
         """
         check_finite(step, record, ("eval_ce",))
         self.write(step, record)
-        self.progress.say(
+        text = (
             f"step {step}: eval_ce {record['eval_ce']:.4f}, "
             f"eval_maxvio_global {record['eval_maxvio_global']:.2f}"
         )
+        for name in ALSO_SHOWN:
+            if name in record:
+                text += f", {name} {record[name]:.3g}"
+        self.progress.say(text)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Hands a record to every writer and to the callback."""

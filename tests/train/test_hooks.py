@@ -35,6 +35,7 @@ def test_elsewhere_than_on_a_terminal_lines_are_plain_and_few():
         f"step 1/300{rest}",  # compiling says nothing about the time left
         f"step 101/300{rest}  ETA 1:40",
         f"step 300/300{rest}  ETA 0:00",
+        "evaluating",
         "note",
     ]
 

@@ -61,8 +61,8 @@ def test_a_pipeline_says_how_long_ranks_idle():
 REFUSED = {
     "strict": (
         RuntimeConfig(compute="bf16", strict=True),
-        "runtime.strict = True: .* attention: mosaic_gpu runs on NVIDIA Hopper GPUs .*"
-        "not on 'cpu'; grouped_dot: ",
+        r"runtime.strict = True: .* xla for attention, grouped_dot \(mosaic_gpu runs "
+        "on NVIDIA Hopper GPUs .* not on 'cpu'",
     ),
     "demanded": (
         RuntimeConfig(compute="bf16", implementation="mosaic_gpu"),
@@ -118,6 +118,6 @@ def test_fallbacks_are_told_with_their_reasons(monkeypatch):
     assert "kernels: mosaic_gpu for attention, grouped_dot" in said(1, runtime=runtime)
     plain = dataclasses.replace(runtime, attention="plain")
     with pytest.raises(
-        ValueError, match=r"xla: attention: runtime\.attention = 'plain'"
+        ValueError, match=r"xla for attention \(runtime\.attention = 'plain'"
     ):
         said(1, runtime=plain)
