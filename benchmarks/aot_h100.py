@@ -59,7 +59,8 @@ def config(devices: int, layers: int, length: int, mesh: MeshConfig) -> Config:
         ),
         data=DataConfig(batch=devices, length=length),
         optim=configs.OptimConfig(horizon=10_000),
-        runtime=RuntimeConfig(compute="bf16"),
+        # Whose product runs under what is told of XLA's own products.
+        runtime=RuntimeConfig(compute="bf16", implementation="xla"),
         mesh=mesh,
     )
 

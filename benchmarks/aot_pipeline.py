@@ -70,7 +70,10 @@ def config(schedule: str, microbatches: int, length: int) -> Config:
         ),
         data=DataConfig(batch=microbatches * CARDS, length=length),
         optim=configs.OptimConfig(horizon=10_000),
-        runtime=RuntimeConfig(compute="bf16", attention="plain", remat="none"),
+        # Whose product runs under what is told of XLA's own products.
+        runtime=RuntimeConfig(
+            compute="bf16", implementation="xla", attention="plain", remat="none"
+        ),
         mesh=MeshConfig(pipe=RANKS, expert=CARDS, rules="zero1", payload="bf16"),
         pipeline=PipelineConfig(
             schedule=schedule, microbatches=microbatches, keep="products"
