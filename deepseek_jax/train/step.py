@@ -146,11 +146,16 @@ def plain_step(parts: Parts) -> Step:
 
 
 def make_step(parts: Parts) -> Step:
-    """The jitted step; it donates the state. Metrics stay on the device."""
+    """The jitted step; it donates the state. Metrics stay on the device.
+
+    Raises:
+      ValueError: a schedule that these sizes do not have, before anything is traced.
+    """
+    step = plain_step(parts)
     state = jax.eval_shape(functools.partial(init_state, parts), 0)
     placed = shardings(parts, state)
     return jax.jit(
-        plain_step(parts),
+        step,
         in_shardings=(placed, meshes.by_rows(parts.mesh)),
         out_shardings=(placed, meshes.replicated(parts.mesh)),
         donate_argnums=0,
