@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels.choice import INTERPRETED, XLA, Choice, Tiled, choose
 from pallas_kernels.fp8_quantize import mosaic_gpu, reference
 from pallas_kernels.fp8_quantize.reference import E4M3, MIN_AMAX, TILE, Block
+from pallas_kernels.grouped_matmul.reference import gated
 
 Array = jax.Array
 
@@ -129,7 +130,7 @@ def quantize_swiglu(
         )
     chosen = choice(gate, TILE, turned, implementation).implementation
     if chosen == XLA:
-        x = reference.swiglu(gate, up)
+        x = gated(gate, up)
         return reference.quantize_turned(x, turned, TILE, power_of_two, least)
     return _kernel(gate, None, TILE, turned, power_of_two, least, chosen, up)
 

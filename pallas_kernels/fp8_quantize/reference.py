@@ -180,11 +180,6 @@ def quantize_turned(
     return encode(x, scale, block), scale
 
 
-def swiglu(gate: Array, up: Array) -> Array:
-    """silu(gate) * up, in float32."""
-    return jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-
-
 def inverse_rms(x: Array, eps: float) -> Array:
     """1 / sqrt(mean of squares + eps) of each row of x [..., M, N]: [..., M], f32."""
     return lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(-1) + eps)
