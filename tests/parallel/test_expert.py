@@ -86,6 +86,7 @@ def test_the_one_device_routing_has_no_room():
     assert not np.asarray(fits(layer("one device")[1])).all()
 
 
+@pytest.mark.slow
 def test_fp8_dispatch_leaves_the_first_router_alone(capsys):
     """Its loads are the unquantised ones; the loss moves, by little."""
     ways = [

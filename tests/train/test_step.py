@@ -44,7 +44,7 @@ def test_first_steps_are_golden():
             np.testing.assert_allclose(got[name], want[name], rtol=1e-9, err_msg=name)
 
 
-@pytest.mark.parametrize("accumulation", [2, 4])
+@pytest.mark.parametrize("accumulation", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulation_changes_nothing(accumulation):
     base = small(depth=2)
     split = dataclasses.replace(base, train=TrainConfig(accumulation=accumulation))
