@@ -43,17 +43,11 @@ PAPER = ("none", "loss_free", "aux_batch", "aux_seq", "v3")
 
 def sweep(arg: str | None = None) -> Iterator[dict[str, Any]]:
     """The runs; `arg` "paper" takes fewer strategies, "smoke" few and short runs."""
-    chosen: dict[str | None, tuple[str, ...]] = {
-        None: tuple(SETTINGS),
-        "paper": PAPER,
-        "smoke": ("none", "v3"),
-    }
-    if arg not in chosen:
-        raise ValueError(f"balancing.py:{arg}: only :paper and :smoke are known here")
     settings = {
-        name: {"balance.strategy": name, **SETTINGS[name]} for name in chosen[arg]
+        name: {"balance.strategy": name, **overrides}
+        for name, overrides in SETTINGS.items()
     }
-    return grid.runs(settings, smoke=arg == "smoke")
+    return grid.runs(settings, arg, {"paper": PAPER, "smoke": ("none", "v3")})
 
 
 def metrics() -> tuple[str, ...]:

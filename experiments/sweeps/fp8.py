@@ -28,9 +28,7 @@ PAIR = {name: SETTINGS[name] for name in ("bf16", "fp8_v3")}
 
 def sweep(arg: str | None = None) -> Iterator[dict[str, Any]]:
     """The runs; `arg` "v3" takes two policies, "smoke" those in few and short runs."""
-    if arg not in (None, "v3", "smoke"):
-        raise ValueError(f"fp8.py:{arg}: only :v3 and :smoke are known here")
-    yield from grid.runs(PAIR, arg == "smoke")
+    yield from grid.runs(PAIR, arg, {"v3": PAIR})
     if arg is None:
         yield from grid.runs({k: v for k, v in SETTINGS.items() if k not in PAIR})
 

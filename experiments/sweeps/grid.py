@@ -15,7 +15,8 @@ SMOKE = {
 
 def runs(
     settings: Mapping[str, Mapping[str, Any]],
-    smoke: bool = False,
+    arg: str | None = None,
+    parts: Mapping[str, Iterable[str]] | None = None,
     seeds: Iterable[int] = SEEDS,
     **common: Any,
 ) -> Iterator[dict[str, Any]]:
@@ -23,28 +24,30 @@ def runs(
 
     Args:
       settings: overrides by the name of what they try.
-      smoke: two seeds and six steps, to see that everything runs.
+      arg: what follows the sweep file's ":"; a key of `parts`, or "smoke": two seeds
+        and six steps, to see that everything runs.
+      parts: which settings a word takes; all where it is not there.
       common: overrides of all runs, "__" standing for ".".
-    """
-    same = {key.replace("__", "."): value for key, value in common.items()}
-    for seed in tuple(seeds)[:2] if smoke else seeds:
-        for name, overrides in settings.items():
-            yield {
-                "name": f"{name}-s{seed}",
-                "train.steps": STEPS,
-                **same,
-                **overrides,
-                "seed": seed,
-                **(SMOKE if smoke else {}),
-            }
-
-
-def is_smoke(file: str, arg: str | None) -> bool:
-    """Whether a sweep's argument asks for a short one.
 
     Raises:
-      ValueError: it is another word.
+      ValueError: the word is unknown.
     """
-    if arg not in (None, "smoke"):
-        raise ValueError(f"{file}:{arg}: only :smoke is known here")
-    return arg == "smoke"
+    words = {"smoke": tuple(settings), **(parts or {})}
+    if arg is not None and arg not in words:
+        known = ", ".join(f":{word}" for word in sorted(words))
+        raise ValueError(f":{arg} is unknown to this sweep, which knows {known}")
+    smoke = arg == "smoke"
+    names = tuple(settings if arg is None else words[arg])
+    same = {key.replace("__", "."): value for key, value in common.items()}
+    return (
+        {
+            "name": f"{name}-s{seed}",
+            "train.steps": STEPS,
+            **same,
+            **settings[name],
+            "seed": seed,
+            **(SMOKE if smoke else {}),
+        }
+        for seed in (tuple(seeds)[:2] if smoke else seeds)
+        for name in names
+    )

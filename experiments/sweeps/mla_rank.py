@@ -29,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def sweep(arg: str | None = None) -> Iterator[dict[str, Any]]:
     """The runs; `arg` "smoke" takes two seeds and six steps."""
-    return grid.runs(SETTINGS, grid.is_smoke("mla_rank.py", arg))
+    return grid.runs(SETTINGS, arg)
 
 
 def metrics() -> tuple[str, ...]:

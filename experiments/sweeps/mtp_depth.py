@@ -8,7 +8,7 @@ drafts of a run's modules are accepted, `python -m experiments.evaluate acceptan
 tells.
 
 Cost: 24 runs of 300 steps, about 2.5 hours on 2 cores (a module costs a fifth of a
-step). ":smoke" is two seeds of 6 steps.
+step); ":depths" is none, one and two modules, 9 runs. ":smoke" is two seeds of 6 steps.
 
   python -m experiments.sweep --sweep=experiments/sweeps/mtp_depth.py --workdir=runs/mtp
 """
@@ -29,8 +29,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def sweep(arg: str | None = None) -> Iterator[dict[str, Any]]:
-    """The runs; `arg` "smoke" takes two seeds and six steps."""
-    return grid.runs(SETTINGS, grid.is_smoke("mtp_depth.py", arg))
+    """The runs; `arg` "depths" takes fewer, "smoke" two seeds and six steps."""
+    parts = {"depths": ("depth0", "depth1", "depth2")}
+    return grid.runs(SETTINGS, arg, parts)
 
 
 def metrics() -> tuple[str, ...]:

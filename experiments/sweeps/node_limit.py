@@ -27,7 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def sweep(arg: str | None = None) -> Iterator[dict[str, Any]]:
     """The runs; `arg` "smoke" takes two seeds and six steps."""
-    return grid.runs(SETTINGS, grid.is_smoke("node_limit.py", arg), model__moe__top_k=4)
+    return grid.runs(SETTINGS, arg, model__moe__top_k=4)
 
 
 def metrics() -> tuple[str, ...]:

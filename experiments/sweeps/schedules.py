@@ -29,13 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def sweep(arg: str | None = None) -> Iterator[dict[str, Any]]:
     """The runs; `arg` "smoke" takes two seeds and six steps."""
-    return grid.runs(
-        SETTINGS,
-        grid.is_smoke("schedules.py", arg),
-        seeds=(0,),
-        train__steps=40,
-        model__num_layers=8,
-    )
+    return grid.runs(SETTINGS, arg, seeds=(0,), train__steps=40, model__num_layers=8)
 
 
 def metrics() -> tuple[str, ...]:
