@@ -23,6 +23,12 @@ Record = dict[str, Any]
 
 LOG_START = "$ "  # before the command of each start in a run's log.txt
 PENDING, RUNNING, DONE, FAILED = "pending", "running", "done", "failed"
+STOPPED = "stopped"  # has made steps, and nothing runs it now
+
+
+def at_rest(steps: int | None) -> str:
+    """The status of a run that neither runs nor has ended, by the steps it has made."""
+    return STOPPED if steps else PENDING
 
 
 def read_records(path: Path) -> list[Record]:
@@ -177,7 +183,7 @@ class Study:
     def settled(self) -> "Study":
         """The same study when nothing runs any more: what did was cut off."""
         runs = [
-            replace(run, status=PENDING) if run.status == RUNNING else run
+            replace(run, status=at_rest(run.steps)) if run.status == RUNNING else run
             for run in self.runs
         ]
         return replace(self, runs=runs)

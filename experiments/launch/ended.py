@@ -12,12 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from deepseek_jax.analysis import runs, seeds, tables
-from deepseek_jax.analysis.runs import DONE, FAILED, PENDING
+from deepseek_jax.analysis.runs import DONE, FAILED
 from deepseek_jax.train.hooks import InUse
 from experiments import common
 from experiments.launch import watch
 from experiments.launch.local import NO_RESULT
-from experiments.launch.slurm import STOPPED
+from experiments.launch.slurm import STOP_CODES
 
 PATIENCE_S = 60.0  # to wait for others who write the summary
 ERROR = re.compile(r"(error:|[\w.]*Error\b)")
@@ -26,7 +26,7 @@ SRUN = re.compile(r"^srun: error: (.*)$", re.MULTILINE)
 
 def reason(run: runs.Run, code: int) -> str:
     """Why a run has failed, "" if it has not."""
-    if code in STOPPED or (code == 0 and run.final):
+    if code in STOP_CODES or (code == 0 and run.final):
         return ""
     if code == 0:
         return f"error: {NO_RESULT}"
@@ -57,7 +57,7 @@ def note(folder: Path, code: int) -> None:
     if why and runs.last_error(log) != why:
         with log.open("a") as file:
             file.write(f"\n{why}\n")
-    status = FAILED if why else PENDING if code else DONE
+    status = FAILED if why else runs.at_rest(run.steps) if code else DONE
     # A sweep that runs beside Slurm keeps the lock, and writes the summary itself.
     with suppress(InUse), watch.lock(workdir, PATIENCE_S):
         rows = runs.read_json(workdir / "summary.json", [])

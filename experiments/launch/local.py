@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from deepseek_jax.analysis import runs, seeds, tables
-from deepseek_jax.analysis.runs import DONE, FAILED, PENDING, RUNNING
+from deepseek_jax.analysis.runs import DONE, FAILED, PENDING, RUNNING, STOPPED
 from deepseek_jax.train.hooks import Interrupt
 from experiments.common import INTERRUPTED, PARENT
 from experiments.launch import population
@@ -85,9 +85,11 @@ class State:
         done = {row["name"] for row in before if row["status"] == DONE}
         self.status = dict.fromkeys(self.items, PENDING)
         self.rows = {name: self.row(name) for name in self.items}
-        for name in done & set(self.items):
-            if self.rows[name]["eval_ce"] is not None:
+        for name, row in self.rows.items():
+            if name in done and row["eval_ce"] is not None:
                 self._set(name, DONE)
+            elif row["steps"]:
+                self._set(name, STOPPED)
         self.write()
 
     def row(self, name: str) -> runs.Record:
@@ -157,7 +159,7 @@ def run(
     """
     state = State(plan, workdir)
     progress = Progress(state)
-    names = [n for n in state.named(PENDING) if only is None or n in only]
+    names = [n for n in state.named(PENDING, STOPPED) if only is None or n in only]
     waiting = [[name] for name in names]
     if finished := state.named(DONE):
         progress.say(f"{len(finished)} of {len(plan.items)} runs are done already")
@@ -184,7 +186,7 @@ def run(
             finish(state, job, progress)
         else:
             for name in job.names:
-                state.set(name, PENDING)
+                state.set(name, runs.at_rest(state.row(name)["steps"]))
     if interrupt.received:
         progress.say("stopped; the same command goes on from here")
         return INTERRUPTED

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from deepseek_jax.analysis.runs import DONE, FAILED, PENDING, RUNNING
+from deepseek_jax.analysis.runs import DONE, FAILED, PENDING, RUNNING, STOPPED
 from deepseek_jax.train.hooks import clock
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Progress:
     def _eta(self, now: float) -> str:
         steps = self.state.steps()
         made = sum(steps.values()) - self.first
-        unfinished = self.state.named(PENDING, RUNNING)
+        unfinished = self.state.named(PENDING, RUNNING, STOPPED)
         left = sum(self.total[name] - steps[name] for name in unfinished)
         return clock(left * (now - self.began) / made) if made > 0 else "?"
 

@@ -24,7 +24,7 @@ from experiments.launch.script import Resources
 
 QUEUE = "%K|%F|%T|%N|%r|%k"  # task, array, state, node, reason, comment
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
-STOPPED = (common.INTERRUPTED, 143)  # saved, or had nothing to save yet
+STOP_CODES = (common.INTERRUPTED, 143)  # saved, or had nothing to save yet
 
 
 class NoSlurm(ValueError):
@@ -184,8 +184,8 @@ def standing(run: Run, task: Task | None, *, asked: bool) -> tuple[str, str]:
         return PENDING, "not started"
     last: Mapping[str, object] = events[-1]
     if last["event"] == "end":
-        if last["code"] in STOPPED:
-            return PENDING, "stopped by a signal"
+        if last["code"] in STOP_CODES:
+            return runs.at_rest(run.steps), "stopped by a signal"
         return FAILED, runs.last_error(run.path / "log.txt")
     if not asked:
         return RUNNING, f"job {last['job']} on {last['node']}, by its last word"

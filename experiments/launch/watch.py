@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deepseek_jax.analysis import runs, seeds, tables
-from deepseek_jax.analysis.runs import DONE, FAILED, PENDING, RUNNING, Run
+from deepseek_jax.analysis.runs import DONE, FAILED, PENDING, RUNNING, STOPPED, Run
 from deepseek_jax.train import hooks
 from experiments.launch import plan, script, slurm
 
@@ -142,7 +142,7 @@ def record(workdir: Path, standings: Sequence[Standing]) -> None:
 def eta_s(standings: Sequence[Standing]) -> float | None:
     """Seconds until nothing is left, if as many go on running as do now."""
     known = [each.step_s for each in standings if each.step_s]
-    active = [each for each in standings if each.run.status in (PENDING, RUNNING)]
+    active = [each for each in standings if each.run.status not in (DONE, FAILED)]
     at_once = sum(each.run.status == RUNNING for each in active)
     if not known or not at_once:
         return None
@@ -168,7 +168,7 @@ def text(standings: Sequence[Standing]) -> str:
     ]
     counts = {
         status: sum(each.run.status == status for each in standings)
-        for status in (DONE, RUNNING, PENDING, FAILED)
+        for status in (DONE, RUNNING, STOPPED, PENDING, FAILED)
     }
     total = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
     eta = eta_s(standings)

@@ -133,7 +133,7 @@ def test_a_sweep_is_read_in_every_state(tmp_path):
     assert study.labels == ["none", "v3"]
     assert [run.name for run in study.of("v3")] == ["v3-s0", "v3-s1"]
     settled = [run.status for run in study.settled().runs]
-    assert settled == ["done", "failed", "pending", "pending"]
+    assert settled == ["done", "failed", "stopped", "pending"]
 
 
 def test_a_summary_that_is_being_written_is_no_error(tmp_path):

@@ -37,7 +37,7 @@ def test_a_running_sweep_keeps_its_own_summary(lives, tmp_path, capsys):
             report.main([f"--workdir={tmp_path}"])
     else:
         report.main([f"--workdir={tmp_path}"])
-    assert statuses(tmp_path) == ["done", "running" if lives else "pending"]
+    assert statuses(tmp_path) == ["done", "running" if lives else "stopped"]
     assert ("still running" in capsys.readouterr().err) == lives
     assert (tmp_path / "report.html").exists()
 

@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from deepseek_jax.config import STRATEGIES, Config, to_dict
 from deepseek_jax.model.count import count_parameters
 from experiments import common
-from experiments.launch import local, plan, population
+from experiments.launch import control, local, plan, population
 from tests.train.corpus import write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -400,7 +400,7 @@ def test_shares_are_even_and_use_every_core(workers, monkeypatch):
 
 
 def test_the_summary_is_whole_at_every_moment(write, tmp_path, monkeypatch):
-    """Every state that is written is one of the four, and valid JSON."""
+    """Every state that is written is a known one, and valid JSON."""
     seen = []
     real = local.tables.write_summaries
 
@@ -433,7 +433,7 @@ sys.exit(local.run(planned, Path(sys.argv[2]), 2, fake(none_s0="slow", none_s1="
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_lets_the_runs_save_and_exits_130(number, write, tmp_path):
+def test_a_stop_lets_the_runs_save_and_exits_130(number, write, tmp_path, capsys):
     spec, workdir = write(), tmp_path / "out"
     process = subprocess.Popen(
         [sys.executable, "-c", DRIVER, spec, str(workdir)],
@@ -443,7 +443,8 @@ def test_a_stop_lets_the_runs_save_and_exits_130(number, write, tmp_path):
     )
     deadline = time.monotonic() + 120
     started = [workdir / name / "metrics.jsonl" for name in ("none-s0", "none-s1")]
-    while not all(path.exists() and path.stat().st_size for path in started):
+    stepped = lambda path: path.exists() and '"loss"' in path.read_text()  # noqa: E731
+    while not all(map(stepped, started)):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)
@@ -451,7 +452,9 @@ def test_a_stop_lets_the_runs_save_and_exits_130(number, write, tmp_path):
     assert process.returncode == 130, said
     assert "the same command goes on from here" in said
     rows = rows_of(workdir)
-    assert {row["status"] for row in rows.values()} == {"pending"}
+    assert [row["status"] for row in rows.values()] == 2 * ["stopped"] + 2 * ["pending"]
+    control.status(workdir)
+    assert "4 runs: 2 stopped, 2 pending" in capsys.readouterr().out
     assert 1 <= rows["none-s0"]["steps"] < 8
     assert start(spec, workdir) == 0
     resumed = [int(line.split()[0]) for line in starts_of(workdir, "none-s0")]
