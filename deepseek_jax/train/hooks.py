@@ -144,6 +144,9 @@ def check_params(step: int, params: Params) -> None:
         )
 
 
+STEP = "step "  # begins a line about a training step
+
+
 class Progress:
     """One live line on a terminal; elsewhere a plain line every few seconds.
 
@@ -170,7 +173,7 @@ class Progress:
             return
         self.shown = now
         line = (
-            f"step {step}/{self.total}  loss {values['loss']:.4f}  "
+            f"{STEP}{step}/{self.total}  loss {values['loss']:.4f}  "
             f"ce {values['ce']:.4f}  maxvio {values['maxvio_batch']:.2f}  "
             f"{values['tokens_per_s']:,.0f} tokens/s"
         )

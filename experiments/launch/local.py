@@ -22,13 +22,14 @@ from typing import IO, Any
 
 from deepseek_jax.analysis import runs, seeds, tables
 from deepseek_jax.analysis.runs import DONE, FAILED, PENDING, RUNNING, STOPPED
-from deepseek_jax.train.hooks import Interrupt
+from deepseek_jax.train.hooks import STEP, Interrupt
 from experiments.common import INTERRUPTED, PARENT
 from experiments.launch import population
 from experiments.launch.plan import Item, Plan, flag
 from experiments.launch.progress import Progress
 
 POLL_S = 0.5
+LOG_TAIL = 1000  # bytes of a log that its last line is looked for in
 CACHE = ".jax_cache"
 NO_RESULT = "ended without a final evaluation"
 
@@ -119,6 +120,17 @@ class State:
     def named(self, *status: str) -> list[str]:
         """The runs in one of these states."""
         return [name for name, each in self.status.items() if each in status]
+
+    def doing(self, name: str) -> str:
+        """What a run does besides steps, by the last line of its log; "": steps."""
+        try:
+            with (self.workdir / name / "log.txt").open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL))
+                said = log.read().decode(errors="replace").rstrip().splitlines()
+        except FileNotFoundError:
+            return ""
+        line = said[-1] if said else ""
+        return "" if line.startswith((runs.LOG_START, STEP)) else line
 
     def steps(self) -> dict[str, int]:
         """Steps done by each run."""

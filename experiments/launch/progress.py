@@ -1,6 +1,7 @@
 """Where a sweep's runs stand, on the terminal that it was started from. Ours."""
 
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from experiments.launch.local import State
 
 QUIET_S = 30.0  # between progress lines where the output is no terminal
+WIDTH = 50  # characters of what a run says that it does
 
 
 class Progress:
@@ -47,6 +49,8 @@ class Progress:
         parts = [names[0]] + ([f"+{len(names) - 1}"] if names[1:] else [])
         step = min(record.get("step", 0) for record in records)
         parts.append(f"{step}/{self.total[names[0]]}")
+        if doing := self.state.doing(names[0]):
+            parts.append(f"({textwrap.shorten(doing, WIDTH, placeholder='...')})")
         for key in self.state.plan.metrics:
             found = [record.get(key) for record in records]
             if values := [x for x in found if isinstance(x, int | float)]:

@@ -19,6 +19,7 @@ from deepseek_jax.config import STRATEGIES, Config, to_dict
 from deepseek_jax.model.count import count_parameters
 from experiments import common
 from experiments.launch import control, local, plan, population
+from experiments.launch.progress import Progress
 from tests.train.corpus import write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -597,3 +598,25 @@ def test_the_config_saved_is_the_config_checked(write, tmp_path):
     assert configs == expected
     assert common.from_config_dict(configs[0]) == planned.items[0].config
     assert isinstance(planned.items[0].config, Config)
+
+
+@pytest.mark.parametrize(
+    ("log", "shown"),
+    [
+        ("$ train\n", "none-s0 +1 0/8"),
+        ("$ train\ncompiling the training step\n", "0/8 (compiling the training step)"),
+        ("$ train\nstep 1/8  loss 3\n", "none-s0 +1 0/8"),
+        ("step 4/8  loss 3\nevaluating after step 4\n", "(evaluating after step 4)"),
+        ("a word " * 20, "(a word a word a word a word a word a word a...)"),
+    ],
+)
+def test_progress_says_what_a_run_does_besides_steps(
+    log, shown, write, tmp_path, capsys
+):
+    state = local.State(plan.load(write()), tmp_path)
+    (tmp_path / "none-s0").mkdir()
+    (tmp_path / "none-s0" / "log.txt").write_text(log)
+    progress = Progress(state)
+    progress.live = True
+    progress.show([["none-s0", "none-s1"]])
+    assert f"{shown}  ETA" in capsys.readouterr().err
