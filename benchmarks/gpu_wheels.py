@@ -41,6 +41,7 @@ PACKAGES = (
     "msgpack",
     "optax",
     "orbax-checkpoint",
+    "orjson",
     "packaging",
     "pluggy",
     "portpicker",

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     ".typing": "jax",
     ".config": ".nested .precision.policy",
     ".nested": "",
-    ".files": "",
+    ".files": "orjson",
     ".presets": ".config",
     ".schedule": f"{CORE} jax",
     ".ops": f"{CORE} .schedule .precision pallas_kernels.*.reference jax numpy",

@@ -18,7 +18,7 @@ from deepseek_jax.analysis.comparisons import COMPARISONS, overview
 from deepseek_jax.analysis.details import CELLS, DETAILS
 from deepseek_jax.analysis.interactive import figure, packed, plotly_js
 from deepseek_jax.analysis.precision import PRECISION
-from deepseek_jax.analysis.runs import DONE, FAILED, Run, Study
+from deepseek_jax.analysis.runs import DONE, FAILED, Run, Study, uncollected
 from deepseek_jax.analysis.seeds import MEASURES, differ, summarize
 from deepseek_jax.analysis.selection import differing
 from deepseek_jax.analysis.tables import (
@@ -40,14 +40,17 @@ PAGE_CELLS = 120_000  # numbers in the heatmaps of all runs; as many in the bias
 
 
 def write(study: Study) -> Path:
-    """Writes report.html, summary.md and figures/*.png; gives the page."""
+    """Writes report.html, summary.md and figures/*.png; gives the page.
+
+    The page comes first: the pictures take several times as long.
+    """
+    path = study.path / "report.html"
+    write_text(path, page(study))
+    write_text(study.path / "summary.md", markdown(study) + precision.markdown(study))
     folder = study.path / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     for stem, chart in pictures(study).items():
         plots.save(chart, folder / f"{stem}.png")
-    write_text(study.path / "summary.md", markdown(study) + precision.markdown(study))
-    path = study.path / "report.html"
-    write_text(path, page(study))
     return path
 
 
@@ -63,6 +66,7 @@ def pictures(study: Study) -> dict[str, Chart]:
     return found
 
 
+@uncollected()
 def page(study: Study) -> str:
     """The page's HTML."""
     comparisons = [chart for make in CHARTS if (chart := make(study))]

@@ -6,10 +6,12 @@ sweep is a folder of runs with a `sweep.json` (what was asked for) and a `summar
 has not started and a missing file give less data, not an error.
 """
 
+import contextlib
 import functools
+import gc
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,18 @@ def read_records(path: Path) -> list[Record]:
         line = records.index(None) + 1
         raise ValueError(f"{path}, line {line}: no JSON object")
     return [record for record in records if record is not None]
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """No search for garbage meanwhile: runs are millions of objects, all in use."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def read_json(path: Path, default: Any) -> Any:
@@ -118,10 +132,17 @@ class Run:
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps [n] and values [n, ...] of a metric, from the lines that have it."""
-        records = self.evals if key.startswith("eval_") else self.train
-        found = [r for r in records if r.get(key) not in (None, [])]
-        steps = np.array([r["step"] for r in found], int)
-        return steps, np.array([r[key] for r in found], float)
+        if key not in self._series:
+            records = self.evals if key.startswith("eval_") else self.train
+            found = [r for r in records if r.get(key) not in (None, [])]
+            steps = np.array([r["step"] for r in found], int)
+            self._series[key] = steps, np.array([r[key] for r in found], float)
+        return self._series[key]
+
+    @functools.cached_property
+    def _series(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """What `series` has found: a report asks for the same ones over and over."""
+        return {}
 
     def router_names(self, count: int | None = None) -> list[str]:
         """Names of the routers by their place in the model: 'layer 3', 'MTP 1'."""
@@ -193,6 +214,7 @@ class Study:
         return [run for run in self.runs if run.label == label]
 
 
+@uncollected()
 def read(path: Path) -> Study:
     """Reads a sweep's folder, or the folder of a single run.
 
