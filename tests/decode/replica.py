@@ -51,7 +51,7 @@ def built(*, f64: bool = False, **changes) -> tuple[Transformer, Weights, tuple]
     config, params, balance = trained()
     if f64:
         params, balance = as_f64((params, balance))
-    rt = dataclasses.replace(runtime.build(RuntimeConfig(block=4)), **changes)
+    rt = dataclasses.replace(runtime.build(RuntimeConfig(block=16)), **changes)
     model = Transformer(config.model, rt, balancer_of(config))
     return model, split(model, params, balance), (params, balance)
 
