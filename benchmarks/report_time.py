@@ -33,10 +33,13 @@ def repeated(sweep: Path, folder: Path, count: int) -> Path:
     made = []
     for i in range(count):
         item, again = items[i % len(items)], i // len(items)
-        seed = item["overrides"].get("seed", 0) + 1000 * again
-        name = f"{item['name']}-{again}"
-        (folder / name).symlink_to((sweep / item["name"]).absolute())
-        made.append({"name": name, "overrides": item["overrides"] | {"seed": seed}})
+        name, source = f"{item['name']}-{again}", (sweep / item["name"]).absolute()
+        saved = json.loads((source / "config.json").read_text())
+        saved["config"]["seed"] += 1000 * again
+        write_text(folder / name / "config.json", json.dumps(saved))
+        (folder / name / "metrics.jsonl").symlink_to(source / "metrics.jsonl")
+        seed = {"seed": saved["config"]["seed"]}
+        made.append({"name": name, "overrides": item["overrides"] | seed})
     write_text(folder / "sweep.json", json.dumps(stored | {"runs": made}))
     rows = [{"name": item["name"], "status": runs.DONE} for item in made]
     write_text(folder / "summary.json", json.dumps(rows))

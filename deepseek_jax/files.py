@@ -1,6 +1,6 @@
 """Files that are whole or not there, and the reading of files that are still growing.
 
-Every package may import it, so it needs next to nothing itself. Ours.
+Every package may import it, so it needs only the standard library and orjson. Ours.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """The lines of a .jsonl file, each with its object, or None if it holds no object.
 
     The last line may be half written. Empty lines are left out; a missing file has
-    none.
+    none. Strict JSON: a line with NaN holds no object.
     """
     try:
         lines = path.read_bytes().split(b"\n")

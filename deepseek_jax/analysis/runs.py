@@ -25,7 +25,7 @@ Record = dict[str, Any]
 
 LOG_START = "$ "  # before the command of each start in a run's log.txt
 PENDING, RUNNING, DONE, FAILED = "pending", "running", "done", "failed"
-STOPPED = "stopped"  # has made steps, and nothing runs it now
+STOPPED = "stopped"  # has made steps; nothing runs it, and it waits for no turn
 
 
 def at_rest(steps: int | None) -> str:
@@ -136,7 +136,9 @@ class Run:
             records = self.evals if key.startswith("eval_") else self.train
             found = [r for r in records if r.get(key) not in (None, [])]
             steps = np.array([r["step"] for r in found], int)
-            self._series[key] = steps, np.array([r[key] for r in found], float)
+            values = np.array([r[key] for r in found], float)
+            steps.flags.writeable = values.flags.writeable = False
+            self._series[key] = steps, values
         return self._series[key]
 
     @functools.cached_property
@@ -204,7 +206,9 @@ class Study:
     def settled(self) -> "Study":
         """The same study when nothing runs any more: what did was cut off."""
         runs = [
-            replace(run, status=at_rest(run.steps)) if run.status == RUNNING else run
+            run
+            if run.status in (DONE, FAILED)
+            else replace(run, status=at_rest(run.steps))
             for run in self.runs
         ]
         return replace(self, runs=runs)

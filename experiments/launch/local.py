@@ -7,7 +7,6 @@ share a compilation cache, since those that differ only in a seed are the same p
 results do not depend on it.
 """
 
-import json
 import os
 import shlex
 import signal
@@ -20,8 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import orjson
+
 from deepseek_jax.analysis import runs, seeds, tables
-from deepseek_jax.analysis.runs import DONE, FAILED, PENDING, RUNNING, STOPPED
+from deepseek_jax.analysis.runs import DONE, FAILED, PENDING, RUNNING
 from deepseek_jax.train.hooks import STEP, Interrupt
 from experiments.common import INTERRUPTED, PARENT
 from experiments.launch import population
@@ -30,6 +31,7 @@ from experiments.launch.progress import Progress
 
 POLL_S = 0.5
 LOG_TAIL = 1000  # bytes of a log that its last line is looked for in
+LAST_WORDS = ("error:", "nothing to do")
 CACHE = ".jax_cache"
 NO_RESULT = "ended without a final evaluation"
 
@@ -66,7 +68,7 @@ class Follower:
         self.offset += len(whole) + len(newline)
         for line in whole.splitlines():
             try:
-                record = json.loads(line)
+                record = orjson.loads(line)
             except ValueError:
                 continue
             self.last = record if "loss" in record else self.last
@@ -82,15 +84,15 @@ class State:
         self.followers = {
             name: Follower(workdir / name / "metrics.jsonl") for name in self.items
         }
-        before = runs.read_json(workdir / "summary.json", [])
-        done = {row["name"] for row in before if row["status"] == DONE}
+        rows = runs.read_json(workdir / "summary.json", [])
+        before = {row["name"]: row["status"] for row in rows}
         self.status = dict.fromkeys(self.items, PENDING)
         self.rows = {name: self.row(name) for name in self.items}
         for name, row in self.rows.items():
-            if name in done and row["eval_ce"] is not None:
+            if before.get(name) == FAILED:  # until it starts anew
+                self._set(name, FAILED)
+            elif before.get(name) == DONE and row["eval_ce"] is not None:
                 self._set(name, DONE)
-            elif row["steps"]:
-                self._set(name, STOPPED)
         self.write()
 
     def row(self, name: str) -> runs.Record:
@@ -122,7 +124,9 @@ class State:
         return [name for name, each in self.status.items() if each in status]
 
     def doing(self, name: str) -> str:
-        """What a run does besides steps, by the last line of its log; "": steps."""
+        """What a run does besides steps, by the last line of its log; "": steps, or
+        nothing more.
+        """
         try:
             with (self.workdir / name / "log.txt").open("rb") as log:
                 log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL))
@@ -130,7 +134,7 @@ class State:
         except FileNotFoundError:
             return ""
         line = said[-1] if said else ""
-        return "" if line.startswith((runs.LOG_START, STEP)) else line
+        return "" if line.startswith((runs.LOG_START, STEP, *LAST_WORDS)) else line
 
     def steps(self) -> dict[str, int]:
         """Steps done by each run."""
@@ -171,7 +175,7 @@ def run(
     """
     state = State(plan, workdir)
     progress = Progress(state)
-    names = [n for n in state.named(PENDING, STOPPED) if only is None or n in only]
+    names = [n for n in state.named(PENDING, FAILED) if only is None or n in only]
     waiting = [[name] for name in names]
     if finished := state.named(DONE):
         progress.say(f"{len(finished)} of {len(plan.items)} runs are done already")
@@ -196,13 +200,12 @@ def run(
     for job in jobs:
         if job.process.returncode == 0:
             finish(state, job, progress)
-        else:
-            for name in job.names:
-                state.set(name, runs.at_rest(state.row(name)["steps"]))
+    for name in state.named(PENDING, RUNNING):
+        state.set(name, runs.at_rest(state.row(name)["steps"]))
     if interrupt.received:
         progress.say("stopped; the same command goes on from here")
         return INTERRUPTED
-    return 1 if state.named(FAILED) else 0
+    return 1 if set(names) & set(state.named(FAILED)) else 0
 
 
 def start(state: State, names: list[str], cores: list[int], command: Command) -> Job:

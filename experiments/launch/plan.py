@@ -108,7 +108,10 @@ def _points(module: ModuleType, file: str, arg: str) -> list[Mapping[str, Any]]:
         raise ValueError(f"{file}: has no function sweep()")
     if arg and not inspect.signature(sweep).parameters:
         raise ValueError(f"{file}:{arg}: its sweep() takes no argument")
-    return list(sweep(arg) if arg else sweep())
+    try:
+        return list(sweep(arg) if arg else sweep())
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def base_config(spec: str) -> Any:

@@ -1,12 +1,12 @@
 """Where a sweep's runs stand, on the terminal that it was started from. Ours."""
 
+import shutil
 import sys
-import textwrap
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from deepseek_jax.analysis.runs import DONE, FAILED, PENDING, RUNNING, STOPPED
+from deepseek_jax.analysis.runs import DONE, FAILED, PENDING, RUNNING
 from deepseek_jax.train.hooks import clock
 
 if TYPE_CHECKING:
@@ -42,15 +42,17 @@ class Progress:
         ended = len(self.state.named(DONE, FAILED))
         parts = "  |  ".join(self._of(name) for name in active)
         line = f"[{ended}/{len(self.total)}] {parts}  ETA {self._eta(now)}"
-        self._print(f"\r{line}\x1b[K" if self.live else f"{line}\n")
+        if self.live:  # a second row would stay
+            line = f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K"
+        self._print(line if self.live else f"{line}\n")
 
     def _of(self, names: Sequence[str]) -> str:
         records = [self.state.followers[name].latest() for name in names]
         parts = [names[0]] + ([f"+{len(names) - 1}"] if names[1:] else [])
         step = min(record.get("step", 0) for record in records)
         parts.append(f"{step}/{self.total[names[0]]}")
-        if doing := self.state.doing(names[0]):
-            parts.append(f"({textwrap.shorten(doing, WIDTH, placeholder='...')})")
+        if doing := next(filter(None, map(self.state.doing, names)), ""):
+            parts.append(f"({doing[:WIDTH]})")
         for key in self.state.plan.metrics:
             found = [record.get(key) for record in records]
             if values := [x for x in found if isinstance(x, int | float)]:
@@ -61,7 +63,7 @@ class Progress:
     def _eta(self, now: float) -> str:
         steps = self.state.steps()
         made = sum(steps.values()) - self.first
-        unfinished = self.state.named(PENDING, RUNNING, STOPPED)
+        unfinished = self.state.named(PENDING, RUNNING)
         left = sum(self.total[name] - steps[name] for name in unfinished)
         return clock(left * (now - self.began) / made) if made > 0 else "?"
 

@@ -181,8 +181,10 @@ def standing(run: Run, task: Task | None, *, asked: bool) -> tuple[str, str]:
         return DONE, ""
     events = [event for _, event in read_lines(run.path / script.EVENTS) if event]
     if not events:
-        return PENDING, "not started"
+        return runs.at_rest(run.steps), "" if run.steps else "not started"
     last: Mapping[str, object] = events[-1]
+    if last["event"] == "requeue":
+        return runs.at_rest(run.steps), "cancelled while it waited to go on"
     if last["event"] == "end":
         if last["code"] in STOP_CODES:
             return runs.at_rest(run.steps), "stopped by a signal"

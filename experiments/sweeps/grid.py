@@ -26,7 +26,8 @@ def runs(
       settings: overrides by the name of what they try.
       arg: what follows the sweep file's ":"; a key of `parts`, or "smoke": two seeds
         and six steps, to see that everything runs.
-      parts: which settings a word takes; all where it is not there.
+      parts: the names of the settings that a word takes; "smoke" takes all unless it
+        is here.
       common: overrides of all runs, "__" standing for ".".
 
     Raises:

@@ -360,6 +360,10 @@ def test_status_says_where_each_run_stands(spec, tmp_path, commands, capsys):
     assert statuses(workdir)["a"] == ("failed", "error: the disk is full")
     events(workdir, "a", ("start", 0), ("end", 130))
     assert statuses(workdir)["a"] == ("pending", "stopped by a signal")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
+    assert statuses(workdir)["a"] == ("stopped", "stopped by a signal")
+    events(workdir, "a", ("start", 0), ("requeue", 130))
+    assert statuses(workdir)["a"] == ("stopped", "cancelled while it waited to go on")
     finish(workdir, "a")
     status, note = statuses(workdir)["a"]
     assert status == "done" and note.startswith("validation loss ")
@@ -557,6 +561,7 @@ def test_a_number_that_no_run_has(execute):
     [
         (0, {}, "failed", "error: ended without a final evaluation"),
         (130, {}, "pending", ""),
+        (130, {"metrics.jsonl": '{"step": 1, "loss": 3.0}\n'}, "stopped", ""),
         (2, {"log.txt": "$ x\nerror: a is b"}, "failed", "error: a is b"),
         (
             1,

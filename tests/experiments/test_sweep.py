@@ -15,6 +15,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from deepseek_jax.analysis.runs import FAILED
 from deepseek_jax.config import STRATEGIES, Config, to_dict
 from deepseek_jax.model.count import count_parameters
 from experiments import common
@@ -208,10 +209,14 @@ def test_the_command_line_says_what_was_checked(key, value, write, monkeypatch):
         ("balancing.py:paper", 15),
         ("balancing.py:smoke", 4),
         ("bias_rate.py", 24),
+        ("bias_rate.py:decades", 15),
         ("experts.py", 21),
         ("mla_rank.py", 21),
         ("mla_rank.py:smoke", 14),
+        ("fp8.py", 21),
+        ("fp8.py:v3", 6),
         ("mtp_depth.py", 24),
+        ("mtp_depth.py:depths", 9),
         ("node_limit.py", 15),
         ("schedules.py", 7),
     ],
@@ -220,6 +225,12 @@ def test_the_sweeps_of_this_repository(file, count):
     planned = plan.load(f"experiments/sweeps/{file}")
     assert len(planned.items) == count
     assert planned.title.endswith("?")
+
+
+@pytest.mark.parametrize("file", ["fp8.py", "bias_rate.py"])
+def test_a_part_that_a_sweep_does_not_have(file):
+    with pytest.raises(ValueError, match=f"{file}: :some is unknown.*:smoke"):
+        plan.load(f"experiments/sweeps/{file}:some")
     path, _, _ = f"experiments/sweeps/{file}".partition(":")
     command = f"  python -m experiments.sweep --sweep={path} --workdir=runs/"
     assert command in Path(path).read_text()
@@ -444,8 +455,11 @@ def test_a_stop_lets_the_runs_save_and_exits_130(number, write, tmp_path, capsys
     )
     deadline = time.monotonic() + 120
     started = [workdir / name / "metrics.jsonl" for name in ("none-s0", "none-s1")]
-    stepped = lambda path: path.exists() and '"loss"' in path.read_text()  # noqa: E731
-    while not all(map(stepped, started)):
+
+    def has_stepped(path):
+        return path.exists() and '"loss"' in path.read_text()
+
+    while not all(map(has_stepped, started)):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)
@@ -607,7 +621,8 @@ def test_the_config_saved_is_the_config_checked(write, tmp_path):
         ("$ train\ncompiling the training step\n", "0/8 (compiling the training step)"),
         ("$ train\nstep 1/8  loss 3\n", "none-s0 +1 0/8"),
         ("step 4/8  loss 3\nevaluating after step 4\n", "(evaluating after step 4)"),
-        ("a word " * 20, "(a word a word a word a word a word a word a...)"),
+        ("a word " * 20, "(" + ("a word " * 20)[:50] + ")"),
+        ("$ train\nerror: it is full\n", "none-s0 +1 0/8"),
     ],
 )
 def test_progress_says_what_a_run_does_besides_steps(
@@ -620,3 +635,15 @@ def test_progress_says_what_a_run_does_besides_steps(
     progress.live = True
     progress.show([["none-s0", "none-s1"]])
     assert f"{shown}  ETA" in capsys.readouterr().err
+
+
+def test_a_run_that_failed_stays_so_until_it_starts_anew(write, tmp_path):
+    spec, workdir = write(), tmp_path / "out"
+    assert start(spec, workdir, fake(v3_s0="fail")) == 1
+    state = local.State(plan.load(spec), workdir)
+    assert state.named(FAILED) == ["v3-s0"]
+    others = set(state.items) - {"v3-s0"}
+    assert local.run(state.plan, workdir, command=fake(), only=others) == 0
+    assert rows_of(workdir)["v3-s0"]["status"] == FAILED
+    assert start(spec, workdir) == 0
+    assert {row["status"] for row in rows_of(workdir).values()} == {"done"}
