@@ -7,6 +7,7 @@ share a compilation cache, since those that differ only in a seed are the same p
 results do not depend on it.
 """
 
+import json
 import os
 import shlex
 import signal
@@ -18,8 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
-
-import orjson
 
 from deepseek_jax.analysis import runs, seeds, tables
 from deepseek_jax.analysis.runs import DONE, FAILED, PENDING, RUNNING
@@ -68,7 +67,7 @@ class Follower:
         self.offset += len(whole) + len(newline)
         for line in whole.splitlines():
             try:
-                record = orjson.loads(line)
+                record = json.loads(line)
             except ValueError:
                 continue
             self.last = record if "loss" in record else self.last
