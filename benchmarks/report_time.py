@@ -75,7 +75,10 @@ def main() -> None:
     print("seconds          read      page   pictures")
     for count in options.runs:
         with tempfile.TemporaryDirectory() as folder:
-            made = repeated(options.sweep, Path(folder), count)
+            try:
+                made = repeated(options.sweep, Path(folder), count)
+            except ValueError as error:
+                parser.error(str(error))
             took = measure(made, options.rounds)
         print(f"{count:5} runs " + " ".join(f"{each:9.2f}" for each in took.values()))
 

@@ -10,6 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 # Most of a test's time is XLA compiling programs that then run for milliseconds: the
 # emitters through MLIR alone take half of it, source locations of operations a tenth.
+# The older ones copy an array at every update in a loop, so loops had better be short.
 # And eight devices share two cores: a collective may have to wait for the slowest.
 os.environ.setdefault(
     "XLA_FLAGS",

@@ -51,6 +51,7 @@ def built(*, f64: bool = False, **changes) -> tuple[Transformer, Weights, tuple]
     config, params, balance = trained()
     if f64:
         params, balance = as_f64((params, balance))
+    # Smaller blocks are slow: the tests' emitters copy all rows for each (conftest).
     rt = dataclasses.replace(runtime.build(RuntimeConfig(block=16)), **changes)
     model = Transformer(config.model, rt, balancer_of(config))
     return model, split(model, params, balance), (params, balance)
