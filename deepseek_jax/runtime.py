@@ -246,9 +246,11 @@ def build(config: RuntimeConfig, rows: Rows | None = None) -> Runtime:
             "chunked": functools.partial(chunked, keep=keep),
         }
         own_remat = recipe.REMAT
+    # Matrices that remember scales are two operands, not one.
+    joined = not (pieces and pieces.history)
     experts: dict[str, Callable[..., Array]] = {
         "dense": experts_dense,
-        "blocks": functools.partial(experts_by_size, block=config.block),
+        "blocks": functools.partial(experts_by_size, block=config.block, joined=joined),
     }
     chosen = functools.partial(experts[config.experts], swiglu=rt.swiglu)
     return replace(

@@ -6,7 +6,6 @@ there. Several processes save and restore together, each its parts of the arrays
 first does all else. The report (arXiv:2412.19437) says nothing about checkpoints.
 """
 
-import errno
 import logging
 import shutil
 import sys
@@ -21,6 +20,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from deepseek_jax.checkpoint.barrier import Barrier, reading
+from deepseek_jax.checkpoint.disk import DiskFull, is_disk_full
 from deepseek_jax.checkpoint.folders import (
     AVERAGE,
     ITEMS,
@@ -39,10 +39,6 @@ DAMAGED = ".damaged"  # appended to the name of a step that is not whole
 
 # Orbax also logs, with stack traces, the failures that it raises and we report.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-
-
-class DiskFull(OSError):
-    """There is no room for a checkpoint; the message says what to do."""
 
 
 class Restored(NamedTuple):
@@ -84,6 +80,7 @@ def restore(
     *,
     step: int | None = None,
     partial: bool = False,
+    optional: tuple[str, ...] = (),
     accept: Callable[[dict[str, Any]], None] = lambda config: None,
     say: Say = to_stderr,
 ) -> Restored | None:
@@ -98,6 +95,8 @@ def restore(
         those of the result.
       step: only this one.
       partial: `like` names a part of the state, as a dict, and the rest is not read.
+      optional: fields of the state that a checkpoint may lack, whose arrays are then
+        those of `like`, or have although `like` has none.
       accept: called with the checkpoint's config before the state is read; raises to
         refuse.
       say: told about every damaged checkpoint that is passed over.
@@ -116,7 +115,9 @@ def restore(
         return chosen
 
     chosen = processes.first(pick)
-    return None if chosen is None else _read(root, chosen, like, partial)
+    if chosen is None:
+        return None
+    return _read(root, chosen, like, partial=partial, optional=optional)
 
 
 def _chunks(leaf: Any) -> ocp.SaveArgs:
@@ -125,7 +126,9 @@ def _chunks(leaf: Any) -> ocp.SaveArgs:
     return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=stacked)
 
 
-def _read(root: Path, step: int, like: Any, partial: bool) -> Restored:
+def _read(
+    root: Path, step: int, like: Any, *, partial: bool, optional: tuple[str, ...]
+) -> Restored:
     def target(leaf: Any) -> Any:
         sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(
             jax.devices()[0]
@@ -139,18 +142,26 @@ def _read(root: Path, step: int, like: Any, partial: bool) -> Restored:
             root / str(step),
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeRestore(
-                    targets, restore_args=arguments, partial_restore=partial
+                    targets,
+                    restore_args=arguments,
+                    partial_restore=partial or bool(optional),
                 ),
                 data=ocp.args.JsonRestore(),
                 config=ocp.args.JsonRestore(),
             ),
         )
-    for path, leaf in jax.tree_util.tree_flatten_with_path(items["state"])[0]:
+
+    def there(path: Any, leaf: Any, own: Any) -> Any:
         # Asked for a part, Orbax gives the request back for what is not there.
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            where, name = root / str(step), jax.tree_util.keystr(path)
-            raise ValueError(f"checkpoint {where} has no {name}")
-    return Restored(step, items["state"], items["data"], items["config"])
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.partition("/")[0] in optional:
+            return own
+        raise ValueError(f"checkpoint {root / str(step)} has no {name}")
+
+    state = jax.tree_util.tree_map_with_path(there, items["state"], like)
+    return Restored(step, state, items["data"], items["config"])
 
 
 def restore_average(root: Path, step: int, like: Any) -> Any | None:
@@ -165,30 +176,6 @@ def restore_average(root: Path, step: int, like: Any) -> Any | None:
         return reader.restore(root / str(step), args=ocp.args.Composite(**args))[
             AVERAGE
         ]
-
-
-def check_space(root: Path, state: Any, count: int) -> None:
-    """Refuses to start where `count` checkpoints do not fit on the disk.
-
-    Args:
-      root: the checkpoints folder, or where it will be. What it holds will be freed.
-      state: what a checkpoint will hold, or its shapes.
-      count: how many are kept; one more is there while it is being written.
-
-    Raises:
-      DiskFull: names the need, the room and the folder.
-    """
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    there = sum(f.stat().st_size for f in root.rglob("*") if f.is_file())
-    parent = next(folder for folder in (root, *root.parents) if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if size * (count + 1) > free + there:
-        raise DiskFull(
-            f"{count + 1} checkpoints of {size / 1e6:.0f} MB need "
-            f"{(size * (count + 1) - there) / 1e6:.0f} MB; {free / 1e6:.0f} MB are "
-            f"free at {root}. Free space, keep fewer (train.keep_last, "
-            "train.keep_best), or choose another --workdir"
-        )
 
 
 def _eval_ce(metrics: dict[str, float]) -> float:
@@ -332,14 +319,3 @@ class Checkpoints:
                 f"written to {self.root}; {last}. Free space or choose another "
                 "--workdir, then run the same command again"
             ) from error
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an exception or one that caused it says that the disk is full."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(error) or "ENOSPC" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -17,8 +17,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from deepseek_jax.checkpoint.disk import DiskFull
 from deepseek_jax.checkpoint.folders import ITEMS, write_digests
-from deepseek_jax.checkpoint.manager import DiskFull
 
 Leaf = tuple[str, ...]  # keys from the root of the state
 Index = tuple[int | slice, ...]

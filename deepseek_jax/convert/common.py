@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from deepseek_jax.checkpoint.disk import DiskFull, is_disk_full
 from deepseek_jax.checkpoint.folders import SOURCE
-from deepseek_jax.checkpoint.manager import DiskFull, is_disk_full
 from deepseek_jax.checkpoint.streaming import Index, Leaf
 from deepseek_jax.convert import fp8_blocks, names
 from deepseek_jax.convert.tensorfile import Stored, read_header

@@ -223,12 +223,14 @@ def experts_by_size(
     grouped_dot: GroupedDot,
     most: int | None = None,
     block: int = 128,
+    joined: bool = True,
     swiglu: Activation = swiglu,
 ) -> Array:
     """`experts_few` up to FEW_SLOTS slots, `experts_blocks` beyond.
 
     Blocks have `block` rows, or as many as hold an expert's even share of the slots if
-    that power of two is smaller; then copying the experts would not pay.
+    that power of two is smaller; then copying the experts would not pay, `joined` or
+    not.
     """
     share = -(-(most or experts_TK.size) // len(gate_EDF))
     rows = min(block, 1 << (share - 1).bit_length())
@@ -236,7 +238,9 @@ def experts_by_size(
     experts = (
         experts_few
         if few
-        else functools.partial(experts_blocks, block=rows, joined=rows == block)
+        else functools.partial(
+            experts_blocks, block=rows, joined=joined and rows == block
+        )
     )
     return experts(
         x_TD,

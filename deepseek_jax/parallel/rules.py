@@ -42,7 +42,7 @@ WHOLE = Place(())
 SHARES = ("pipe", "fsdp")
 EXPERT = r"/moe/(gate|up|down)$"
 MOMENTS = r"^opt_state/.*/(mu|nu)/"
-FEW = Rule(r"(^step|^key|/count)$|^balance\b|/(scale|router)$", WHOLE)
+FEW = Rule(r"(^step|^key|/count)$|^(balance|scales)\b|/(scale|router)$", WHOLE)
 
 PRESETS: dict[str, tuple[Rule, ...]] = {
     "fsdp": (

@@ -2,12 +2,10 @@
 
 `fp8_v3` is section 3.3 of arXiv:2412.19437 with exact sums; `fp8_v3_hopper` adds the
 short accumulator of the hardware and its promotion. The others change one piece, to see
-what it is worth: the report argues for tiles against one scale for a matrix, for E4M3
-against E5M2 gradients, for promotion, and found that blocks of gradients diverge. Only
-data here; `precision.recipe` makes functions of it.
-
-Not here: scales from earlier steps ("delayed scaling"). They are state of every matrix
-multiplied, and products here are functions of their operands alone.
+what it is worth: the report argues for tiles against one scale for a matrix, for scales
+of the moment against those of earlier steps (`delayed`), for E4M3 against E5M2
+gradients, for promotion, and found that blocks of gradients diverge. Only data here;
+`precision.recipe` makes functions of it.
 """
 
 import dataclasses
@@ -43,6 +41,7 @@ class Pieces:
     kept: str = ""  # what backward reads a map's input as: "fp8" or "bf16"
     swiglu: str = ""  # keeps SwiGLU's inputs and not its output: "yes" or "no"
     out: str = ""  # what attention's output is kept as: a format, or "bf16"
+    history: int = -1  # steps whose largest magnitudes give scales; 0: the moment's
 
     def __post_init__(self) -> None:
         for name in ("forward", "gradients"):
@@ -53,6 +52,7 @@ class Pieces:
         self._one_of("out", *FORMATS, "bf16")
         for name in ("tile", "block"):
             self._check(name, getattr(self, name) >= -1, "must be 0 (all) or more")
+        self._check("history", self.history >= -1, "must be 0 (none) or more steps")
         self._check("rows", self.rows == -1 or self.rows >= 1, "must be 1 or more")
         self._check(
             "promote",
@@ -105,7 +105,9 @@ V3 = Pieces(
     kept="fp8",
     swiglu="yes",
     out="e5m6",
+    history=0,
 )
+PER_TENSOR = dataclasses.replace(V3, tile=0, block=0)
 
 # None: nothing is in FP8, and products are of the type in the name.
 POLICIES: dict[str, Pieces | None] = {
@@ -113,7 +115,8 @@ POLICIES: dict[str, Pieces | None] = {
     "bf16": None,
     "fp8_v3": V3,
     "fp8_v3_hopper": dataclasses.replace(V3, bits=14, promote=128),
-    "fp8_per_tensor": dataclasses.replace(V3, tile=0, block=0),
+    "fp8_per_tensor": PER_TENSOR,
+    "fp8_delayed": dataclasses.replace(PER_TENSOR, history=16),
     "fp8_e5m2_grads": dataclasses.replace(V3, gradients="e5m2"),
     # By the cheap model, which overstates what is lost: `accumulate`.
     "fp8_no_promotion": dataclasses.replace(V3, bits=14, promote=0),
@@ -151,4 +154,7 @@ def pieces(compute: str, own: Pieces = AS_NAMED) -> Pieces | None:
     bits, exact = made.bits, made.exact == "yes"
     fits = bool(bits) or not exact
     check(fits, "runtime.fp8.bits", bits, "needs bits, exact is 'yes'")
+    whole = not (made.tile or made.block)
+    right = f"needs one scale a matrix: tile and block are {made.tile} and {made.block}"
+    check(whole or not made.history, "runtime.fp8.history", made.history, right)
     return made

@@ -34,6 +34,7 @@ class Scheme:
       power_of_two: scales are rounded up to powers of two.
       least: what a largest magnitude counts as at least, lest scales be 0. Numbers far
         below it lose digits; the format's `tiny_amax` keeps them.
+      unit: all scales are 1: numbers come divided by theirs, as `delayed` has it.
 
     Raises:
       ValueError: names the field that is none of this.
@@ -43,6 +44,7 @@ class Scheme:
     block: Block | None = TILE
     power_of_two: bool = False
     least: float = MIN_AMAX
+    unit: bool = False
 
     def __post_init__(self) -> None:
         if self.form not in FORMATS:
@@ -82,8 +84,17 @@ class Quantized(NamedTuple):
 def scales(x: Array, scheme: Scheme) -> Array:
     """The scales that x [..., M, N] has by itself; not finite where x is not."""
     block = scheme.block_of(x)
+    if scheme.unit:
+        tiles = (-(-size // side) for size, side in zip(x.shape[-2:], block))
+        return jnp.ones((*x.shape[:-2], *tiles), jnp.float32)
     power, least = scheme.power_of_two, scheme.least
     return fp8.scales(x, block, power, least, scheme.format)
+
+
+def scale_of(largest: Array, scheme: Scheme) -> Array:
+    """The scale of numbers whose largest magnitude is `largest`."""
+    power, least = scheme.power_of_two, scheme.least
+    return fp8.scale_of(largest, power, least, scheme.format)
 
 
 def _noise(x: Array, key: Array | None) -> Array | None:

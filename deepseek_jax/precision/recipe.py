@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.precision.accumulate import Accumulator, by_tiles
+from deepseek_jax.precision.delayed import Remembered, multiplied, weight_of
 from deepseek_jax.precision.dots import dot_bf16
 from deepseek_jax.precision.fp8_dots import (
     CACHE,
@@ -124,7 +125,7 @@ def by_models(found: Recipe, name: str, x: Array | Later, w: Array) -> Gemms:
 
 def linear(
     x: Array | Later,
-    w_DF: Array,
+    w_DF: Array | Remembered,
     name: str | None = None,
     *,
     recipe_of: Callable[[str | None], Recipe | None],
@@ -133,15 +134,16 @@ def linear(
     """A linear map of the model, in FP8 or bfloat16: [T, F] in at least float32."""
     found = recipe_of(name)
     if found is None:
-        y_TF = dot_bf16(now(x), w_DF)
+        y_TF = dot_bf16(now(x), weight_of(w_DF))
     else:
-        y_TF = fp8_dot(found, x, w_DF, gemms_of(found, name, x, w_DF))
+        made = gemms_of(found, name, x, weight_of(w_DF))
+        y_TF = multiplied(fp8_dot, found, made, x, w_DF)
     return checkpoint_name(y_TF, name or "")
 
 
 def grouped(
     x: Array | Later,
-    w_EDF: Array,
+    w_EDF: Array | Remembered,
     expert_n: Array,
     used: Array,
     *,
@@ -152,9 +154,9 @@ def grouped(
     """The experts' product, as `Runtime.grouped_dot`, which is it where not in FP8."""
     found = recipe_of("experts")
     if found is None:
-        return grouped_dot(now(x), w_EDF, expert_n, used)
-    made = gemms_of(found, "experts", x, w_EDF)
-    return fp8_grouped_dot(found, x, w_EDF, expert_n, used, made)
+        return grouped_dot(now(x), weight_of(w_EDF), expert_n, used)
+    made = gemms_of(found, "experts", x, weight_of(w_EDF))
+    return multiplied(fp8_grouped_dot, found, made, x, w_EDF, expert_n, used)
 
 
 def kept_output(out: Array, lse: Array, *, form: str) -> tuple[Array, Array]:

@@ -43,7 +43,7 @@ def run(
       ValueError: a setting, the data or the folder is wrong, or the folder holds
         another run; or processes were given different ones.
       FloatingPointError: a loss, gradient or parameter is not finite.
-      checkpoint.manager.DiskFull: there is no room for a checkpoint.
+      checkpoint.disk.DiskFull: there is no room for a checkpoint.
       hooks.Interrupted: a signal came; everything up to then is saved.
     """
     if not isinstance(config, Config):
@@ -170,7 +170,7 @@ def conclude(
 
     Raises:
       FloatingPointError: a loss, gradient or parameter is not finite.
-      checkpoint.manager.DiskFull: there is no room for the checkpoint.
+      checkpoint.disk.DiskFull: there is no room for the checkpoint.
     """
     looked_at, saved = due(opened.parts.config.train, step, stopping)
     recorder.flush()

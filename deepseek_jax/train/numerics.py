@@ -4,7 +4,8 @@ Section 3.3 of arXiv:2412.19437 rounds three operands of every linear map: its i
 its weight w and the gradient g of its output. They are looked at from outside, while
 the objective of one batch is computed: the model knows nothing of it. Of a policy
 without FP8 it is what `fp8_v3` would lose. The routed experts of a layer are one map:
-x is what they are given, w all their matrices, g the gradient of what comes back.
+x is what they are given, w all their matrices, g the gradient of what comes back. Where
+scales are of earlier steps (`precision.delayed`), so are these.
 """
 
 import functools
@@ -21,13 +22,13 @@ from deepseek_jax.data.batch import Batch
 from deepseek_jax.model.linear import Linear
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.transformer import OBSERVED, Totals
-from deepseek_jax.precision import policy, quantize
+from deepseek_jax.precision import delayed, policy, quantize
 from deepseek_jax.precision.fp8_dots import Recipe
 from deepseek_jax.precision.later import now
 from deepseek_jax.precision.recipe import recipe
 from deepseek_jax.schedule import piecewise
 from deepseek_jax.train.objective import objective, totals
-from deepseek_jax.train.state import Parts, TrainState
+from deepseek_jax.train.state import Parts, TrainState, pieces
 from deepseek_jax.train.step import micro_batches
 from deepseek_jax.typing import Array
 
@@ -52,10 +53,20 @@ class Found(NamedTuple):
 Looked = dict[str, dict[str, Found]]  # by operand, then by map: "moe/attn/q_a"
 
 
-def of(x: Array, scheme: quantize.Scheme) -> Found:
-    """What quantisation does to x [..., M, N]."""
-    counts = quantize.counts(x, scheme)
-    scale = quantize.scales(x, scheme).reshape(-1)
+def of(x: Array, scheme: quantize.Scheme, known: Array | None = None) -> Found:
+    """What quantisation does to x [..., M, N].
+
+    Args:
+      known: the largest magnitude of earlier steps, which gives the scale unless it is
+        0; None: scales are of the moment.
+    """
+    if known is None:
+        scale = quantize.scales(x, scheme)
+    else:
+        of_all = delayed.scale(known, delayed.amax(x).astype(jnp.float32), scheme)
+        scale = of_all * jnp.ones((*x.shape[:-2], 1, 1))
+    counts = quantize.counts(x, scheme, scale=scale)
+    scale = scale.reshape(-1)
     power = jnp.clip(jnp.frexp(scale)[1] - 1 - LEAST, 0, POWERS - 1)
     # Those that are not finite are one too far, and fall away.
     power = jnp.where(jnp.isfinite(scale), power, POWERS)
@@ -66,8 +77,7 @@ def of(x: Array, scheme: quantize.Scheme) -> Found:
 
 def recipes(parts: Parts) -> Callable[[str], Recipe]:
     """What the run's policy rounds a map's operands to, or else what `fp8_v3` would."""
-    runtime = parts.config.runtime
-    own = policy.pieces(runtime.compute, runtime.fp8) or policy.V3
+    own = pieces(parts.config) or policy.V3
 
     def recipe_of(name: str) -> Recipe:
         return recipe(own, name) or recipe(policy.V3, name) or Recipe()
@@ -77,6 +87,11 @@ def recipes(parts: Parts) -> Callable[[str], Recipe]:
 
 def _name(module: nn.Module) -> str:
     return "experts" if isinstance(module, MoE) else str(module.name)
+
+
+def _known(w: Array | delayed.Remembered) -> tuple[Array | None, Array | None]:
+    """Of a map's x and w, the largest magnitudes of earlier steps."""
+    return (w.amax[0], w.amax[1]) if delayed.is_remembered(w) else (None, None)
 
 
 def _watch(
@@ -92,11 +107,13 @@ def _watch(
         return call(*args, **kwargs)
     out = call(*args, **kwargs)
     schemes, x = recipe_of(_name(module)), now(args[0])
-    found = {"x": of(x.reshape(-1, x.shape[-1]), schemes.x)}
     own = module.variables["params"]
-    matrices = [own[name] for name in ("kernel", "gate", "up", "down") if name in own]
+    matrices = [own[name] for name in ("kernel", *delayed.EXPERTS) if name in own]
+    x_known, _ = _known(matrices[0])
+    found = {"x": of(x.reshape(-1, x.shape[-1]), schemes.x, x_known)}
     found["w"] = jax.tree.map(
-        lambda *each: sum(each), *(of(matrix, schemes.w) for matrix in matrices)
+        lambda *each: sum(each),
+        *(of(delayed.weight_of(w), schemes.w, _known(w)[1]) for w in matrices),
     )
     for operand, value in found.items():
         module.sow(
@@ -150,6 +167,7 @@ def look(
     """
     recipe_of = recipes(parts)
     counts = totals(parts, batch) if counts is None else counts
+    params = delayed.remembered(state.params, state.scales)
     optim = parts.config.optim
     weight = piecewise(optim.mtp_weight, optim.mtp_weight_changes)(state.step)
 
@@ -157,7 +175,7 @@ def look(
         seen: list[Any] = []
         model: Any = Watched(parts.model, recipe_of, pushes, seen)
         own = replace(parts, model=model)
-        loss, _ = objective(own, state.params, state.balance, batch, counts, weight)
+        loss, _ = objective(own, params, state.balance, batch, counts, weight)
         return loss, seen[0]
 
     shapes = jax.eval_shape(lambda: watched(None)[1])[OUTPUTS]
@@ -172,9 +190,20 @@ def look(
         where = where.removesuffix("/g")
         rows = g.reshape(len(g) if _stacked(where) else 1, -1, g.shape[-1])
         scheme = recipe_of(_called(where).rpartition("/")[2]).g
-        found = jax.lax.map(functools.partial(of, scheme=scheme), rows)
-        looked["g"][_called(where)] = found
+        known = _known_gradient(state, where)
+        looked["g"][_called(where)] = jax.lax.map(
+            lambda each, by=scheme: of(each[0], by, *each[1:]), (rows, *known)
+        )
     return looked
+
+
+def _known_gradient(state: TrainState, where: str) -> tuple[Array, ...]:
+    """The largest magnitudes [layers] of a map's g in earlier steps, if any are kept;
+    experts' is that of what `down` puts out.
+    """
+    last = "down" if where.endswith("/moe") else "kernel"
+    history = state.scales.get(".".join([*where.split("/"), last]))
+    return () if history is None else (history[..., 2, :].max(-1).reshape(-1),)
 
 
 def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
@@ -228,8 +257,7 @@ def recorder(parts: Parts) -> Callable[[TrainState, Batch], dict[str, Any]] | No
     Nor under a pipeline, whose ranks were not made to hold whole gradients.
     """
     config = parts.config
-    rounds = policy.pieces(config.runtime.compute, config.runtime.fp8)
-    if not rounds or config.pipeline.schedule != "none":
+    if not pieces(config) or config.pipeline.schedule != "none":
         return None
 
     @jax.jit

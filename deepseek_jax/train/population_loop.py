@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from deepseek_jax.checkpoint.disk import DiskFull
 from deepseek_jax.checkpoint.folders import FOLDER
-from deepseek_jax.checkpoint.manager import Checkpoints, DiskFull
+from deepseek_jax.checkpoint.manager import Checkpoints
 from deepseek_jax.config import Config
 from deepseek_jax.data.batch import Batch
 from deepseek_jax.parallel import processes
@@ -145,7 +146,7 @@ def run(
 
     Raises:
       ValueError: they are no team, or this is one of several processes.
-      checkpoint.manager.DiskFull: there is no room for a checkpoint.
+      checkpoint.disk.DiskFull: there is no room for a checkpoint.
       hooks.Interrupted: a signal came; everything up to then is saved.
     """
     if processes.several():

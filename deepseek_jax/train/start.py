@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 from deepseek_jax import tokenizer as tokenizers
-from deepseek_jax.checkpoint import folders, manager, metadata
+from deepseek_jax.checkpoint import disk, folders, manager, metadata
 from deepseek_jax.config import Config, to_dict
 from deepseek_jax.data import pipeline
 from deepseek_jax.data.cache import default_cache
@@ -156,7 +156,7 @@ def check(run: Run, workdir: Path) -> None:
 
     Raises:
       ValueError: the folder's run has another corpus or tokenizer.
-      manager.DiskFull: its checkpoints will not fit.
+      disk.DiskFull: its checkpoints will not fit.
     """
     if saved := saved_description(workdir):
         metadata.check_same(saved, run.description, workdir)
@@ -165,7 +165,7 @@ def check(run: Run, workdir: Path) -> None:
     if config.optim.ema:
         like = like, like.params
     kept = config.train.keep_last + config.train.keep_best
-    manager.check_space(workdir / folders.FOLDER, like, kept)
+    disk.check_space(workdir / folders.FOLDER, like, kept)
 
 
 def make_evaluator(
@@ -206,12 +206,16 @@ def make_evaluator(
 
 
 def restore(run: Run, workdir: Path, say: Say) -> tuple[TrainState, int]:
-    """The state of the newest good checkpoint and its step, or a fresh one and 0."""
+    """The state of the newest good checkpoint and its step, or a fresh one and 0.
+
+    A policy that keeps scales of earlier steps starts to where there were none.
+    """
     root = workdir / folders.FOLDER
     state = init_state(run.parts, run.parts.config.seed)
     restored = manager.restore(
         root,
         state,
+        optional=("scales",),
         accept=lambda there: metadata.check_same(there, run.description, root),
         say=say,
     )

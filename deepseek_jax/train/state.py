@@ -17,12 +17,15 @@ from jax.sharding import Mesh
 from deepseek_jax import runtime
 from deepseek_jax.config import Config
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.nested import check
 from deepseek_jax.ops import balancing
 from deepseek_jax.optim.adamw import adamw
 from deepseek_jax.optim.schedules import learning_rate
 from deepseek_jax.parallel import expert, partition
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.rows import on_devices
+from deepseek_jax.precision import delayed, policy
+from deepseek_jax.precision.delayed import Histories
 from deepseek_jax.typing import Array, Params
 
 
@@ -34,6 +37,7 @@ class TrainState(NamedTuple):
     opt_state: Any
     balance: Any  # balancer state with a leading axis over the R routers
     key: Array  # raw random key
+    scales: Histories  # of FP8's operands; most policies have none
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,11 @@ def assemble(config: Config, devices: Sequence[jax.Device] | None = None) -> Par
 
     Args:
       devices: of the mesh; by default all that JAX has.
+
+    Raises:
+      ValueError: as `runtime.build` and `check_histories`.
     """
+    check_histories(config)
     balancer = balancing.build(config.balance, config.model.moe)
     mesh = meshes.make(config.mesh, devices)
     rows = functools.partial(on_devices, mesh=mesh) if mesh.size > 1 else None
@@ -68,6 +76,27 @@ def assemble(config: Config, devices: Sequence[jax.Device] | None = None) -> Par
         schedule,
         adamw(config.optim, schedule),
     )
+
+
+def pieces(config: Config) -> policy.Pieces | None:
+    """What FP8 training is made of; None: nothing is in FP8."""
+    return policy.pieces(config.runtime.compute, config.runtime.fp8)
+
+
+def check_histories(config: Config) -> None:
+    """Refuses scales from earlier steps where they are not kept.
+
+    Raises:
+      ValueError: there is a mesh or a pipeline.
+    """
+    found = pieces(config)
+    steps = found.history if found else 0
+    alone = config.mesh.size == 1 and config.pipeline.schedule == "none"
+    right = (
+        "scales of earlier steps need a mesh of one device and no pipeline; use "
+        "fp8_per_tensor, or 0"
+    )
+    check(alone or not steps, "runtime.fp8.history", steps, right)
 
 
 def init_balance(parts: Parts) -> Any:
@@ -94,7 +123,12 @@ def init_state(parts: Parts, seed: int) -> TrainState:
         plain = Transformer(model, runtime.Runtime(), parts.balancer)
         params = plain.init(key, tokens_BS, position_BL, balance)["params"]
         return TrainState(
-            jnp.zeros((), jnp.int32), params, parts.optimizer.init(params), balance, key
+            jnp.zeros((), jnp.int32),
+            params,
+            parts.optimizer.init(params),
+            balance,
+            key,
+            delayed.empty(params, pieces(parts.config)),
         )
 
     key = jax.random.PRNGKey(seed)

@@ -6,6 +6,7 @@ into one update (arXiv:2412.19437, section 2.1.2), which makes it independent of
 
 import ctypes
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,12 @@ from deepseek_jax.data.batch import Batch
 from deepseek_jax.model.moe import Aux
 from deepseek_jax.model.transformer import Totals
 from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.precision.delayed import (
+    forgotten,
+    is_remembered,
+    pushed,
+    remembered,
+)
 from deepseek_jax.schedule import piecewise
 from deepseek_jax.train import pipelined
 from deepseek_jax.train.objective import Losses, forward, objective, totals
@@ -60,7 +67,10 @@ def first_pass(
 def accumulate(
     parts: Parts, state: TrainState, batches: Batch, counts: Totals, mtp_weight: Array
 ) -> tuple[Params, Losses, tuple[Array, Any]]:
-    """Gradients, losses, loads and statistics, summed over micro-batches."""
+    """Gradients, losses, loads and statistics, summed over micro-batches.
+
+    What remembered weights saw is in their gradients: `precision.delayed`.
+    """
     grad = jax.value_and_grad(objective, argnums=1, has_aux=True)
 
     def one(batch: Batch) -> tuple[Params, Losses, tuple[Array, Any]]:
@@ -77,7 +87,8 @@ def accumulate(
     )
 
     def add(total: Any, batch: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, one(batch)), None
+        new = one(batch)
+        return jax.tree.map(operator.add, total, new, is_leaf=is_remembered), None
 
     return jax.lax.scan(add, zeros, batches)[0]
 
@@ -103,18 +114,20 @@ def plain_step(parts: Parts) -> Step:
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         counts = totals(parts, batch)
         batches = micro_batches(batch, config.micro_batches)
+        known = state._replace(params=remembered(state.params, state.scales))
         piped = gradients is not accumulate
         if parts.balancer.needs_counts and (piped or config.micro_batches > 1):
             # The whole batch at once, if its micro-batches have rows for few devices.
             all_rows = micro_batches(batch, 1) if piped else batches
-            counts = counts._replace(load=first_pass(parts, state, all_rows, counts))
+            counts = counts._replace(load=first_pass(parts, known, all_rows, counts))
         grads, losses, (load_RE, stats) = gradients(
             parts,
-            state=state,
+            state=known,
             batches=batches,
             counts=counts,
             mtp_weight=mtp_weight(state.step),
         )
+        grads, seen = forgotten(grads)
         updates, opt_state = parts.optimizer.update(
             grads, state.opt_state, state.params
         )
@@ -137,6 +150,7 @@ def plain_step(parts: Parts) -> Step:
             opt_state,
             balance,
             state.key,
+            pushed(state.scales, seen),
         )
         sound = jnp.isfinite(losses.loss) & jnp.isfinite(norm) & (state.step >= 0)
         kept = refused(state)

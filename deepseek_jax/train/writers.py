@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from deepseek_jax.checkpoint.manager import DiskFull, is_disk_full
+from deepseek_jax.checkpoint.disk import DiskFull, is_disk_full
 from deepseek_jax.files import read_lines, replacing, write_bytes
 
 METRICS = "metrics.jsonl"

@@ -6,7 +6,7 @@ bfloat16's loss, and blocks of gradients diverging after 300B tokens. A run here
 1.2M tokens, so it shows what rounding does to the first steps, not what diverges late.
 `fp8_no_promotion` is by the cheap model of the accumulator (`precision.accumulate`).
 
-Cost: 21 runs of 300 steps, most of a night on 2 cores. The report's own comparison,
+Cost: 24 runs of 300 steps, most of a night on 2 cores. The report's own comparison,
 `fp8_v3` and bfloat16, comes first, and is all there is of ":v3", in 6 runs; ":smoke" is
 four runs of 6 steps.
 

@@ -73,16 +73,16 @@ def spread(scale: Array, block: Block, shape: tuple[int, ...]) -> Array:
     return scale[..., : shape[-2], : shape[-1]]
 
 
-def _amax(parts: Array) -> Array:
-    """Largest magnitude of each block [..., m, ., n]; not finite if any number is not.
+def amax(x: Array, axes: tuple[int, ...] | None = None) -> Array:
+    """Largest magnitude over some axes, or all; not finite if any number is not.
 
     Magnitudes without their sign are ordered as integers are, infinity and NaN last.
     XLA:CPU (jax 0.11.2) loses NaN in a maximum of floats, and is slower at it.
     """
-    width = 8 * parts.dtype.itemsize
-    bits = lax.bitcast_convert_type(parts, jnp.dtype(f"uint{width}"))
+    width = 8 * x.dtype.itemsize
+    bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
     magnitude = bits & (2 ** (width - 1) - 1)
-    return lax.bitcast_convert_type(magnitude.max((-3, -1)), parts.dtype)
+    return lax.bitcast_convert_type(magnitude.max(axes), x.dtype)
 
 
 def power_of_two_above(x: Array) -> Array:
@@ -106,14 +106,23 @@ def scales(
       least: what a block's largest magnitude counts as at least, `form.tiny_amax` or
         more. A block of zeros counts as MIN_AMAX in any case.
     """
-    amax = _amax(blocks(x, block)).astype(jnp.float32)
-    # No constant: XLA would multiply by its rounded reciprocal, often 1 ulp off.
-    largest = form.largest + 0 * amax
-    amax = jnp.where(amax == 0, MIN_AMAX, jnp.maximum(amax, least))
-    scale = amax / largest
-    scale = power_of_two_above(scale) if power_of_two else scale
+    largest = amax(blocks(x, block), (-3, -1)).astype(jnp.float32)
     # Apart, or XLA:CPU finds the maximum anew for every number that has the scale.
-    return lax.optimization_barrier(scale)
+    return lax.optimization_barrier(scale_of(largest, power_of_two, least, form))
+
+
+def scale_of(
+    largest: Array,
+    power_of_two: bool = False,
+    least: float = MIN_AMAX,
+    form: Format = E4M3,
+) -> Array:
+    """The scale for numbers of some largest magnitude, float32; see `scales`."""
+    # No constant: XLA would multiply by its rounded reciprocal, often 1 ulp off.
+    most = form.largest + 0 * largest
+    counted = jnp.where(largest == 0, MIN_AMAX, jnp.maximum(largest, least))
+    scale = counted / most
+    return power_of_two_above(scale) if power_of_two else scale
 
 
 def clip(x: Array, form: Format) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.checkpoint import folders, manager
+from deepseek_jax.checkpoint import disk, folders, manager
 from deepseek_jax.checkpoint.streaming import Reader, Spec, Writer, check_room, leaves
 
 BF16 = np.dtype(jnp.bfloat16)
@@ -126,5 +126,5 @@ def test_room_is_checked(tmp_path, monkeypatch):
     check_room(tmp_path, 1000)
     free = SimpleNamespace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    with pytest.raises(manager.DiskFull, match="2 MB are needed, 1 MB are free at"):
+    with pytest.raises(disk.DiskFull, match="2 MB are needed, 1 MB are free at"):
         check_room(tmp_path, 2_000_000)

@@ -13,7 +13,7 @@ import pytest
 
 import deepseek_jax
 from deepseek_jax.checkpoint import folders, manager, metadata
-from deepseek_jax.checkpoint.manager import DiskFull
+from deepseek_jax.checkpoint.disk import DiskFull
 from deepseek_jax.config import STRATEGIES, BalanceConfig, MTPConfig
 from deepseek_jax.convert import common
 from deepseek_jax.convert.hf_export import export_hf

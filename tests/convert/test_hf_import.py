@@ -12,7 +12,7 @@ import pytest
 
 import deepseek_jax
 from deepseek_jax.checkpoint import folders
-from deepseek_jax.checkpoint.manager import DiskFull
+from deepseek_jax.checkpoint.disk import DiskFull
 from deepseek_jax.checkpoint.streaming import leaves
 from deepseek_jax.convert import hf_import, names
 from deepseek_jax.convert.hf_import import import_hf
@@ -341,6 +341,7 @@ def test_a_step_of_fine_tuning_changes_every_parameter_and_no_buffer(tmp_path, n
         parts.optimizer.init(params),
         balance,
         jax.random.PRNGKey(0),
+        scales={},
     )
     before = jax.tree.map(np.array, state)
     after, _ = make_step(parts)(state, random_batch(config))

@@ -13,7 +13,7 @@ import pytest
 
 import deepseek_jax
 from deepseek_jax import train
-from deepseek_jax.checkpoint import folders, manager
+from deepseek_jax.checkpoint import disk, folders, manager
 from deepseek_jax.config import (
     DataConfig,
     MeshConfig,
@@ -167,7 +167,7 @@ def test_a_lost_mean_is_damage(tmp_path, seen):
 
 def test_room_on_the_disk_is_asked_for_the_mean_too(tmp_path, seen, monkeypatch):
     asked = []
-    monkeypatch.setattr(manager, "check_space", lambda *args: asked.append(args))
+    monkeypatch.setattr(disk, "check_space", lambda *args: asked.append(args))
     for ema in (0.0, DECAY):
         start.check(open_run(config(ema), tmp_path), tmp_path)
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(like)) for _, like, _ in asked]
@@ -257,7 +257,7 @@ def test_a_model_and_what_load_gives(tmp_path, monkeypatch, mesh):
 
     [run] = opened
     for name, tree in (("eval_ce_average", params), ("eval_ce", last)):
-        state = TrainState(jnp.int32(3), tree, (), balance, jax.random.PRNGKey(0))
+        state = TrainState(jnp.int32(3), tree, (), balance, jax.random.PRNGKey(0), {})
         state = jax.device_put(state, shardings(run.parts, state))
         again = run.evaluate(state, 3)["eval_ce"]
         assert record[name] == pytest.approx(again, rel=1e-6)

@@ -18,7 +18,7 @@ import pytest
 
 from deepseek_jax import tokenizer as tokenizers
 from deepseek_jax import train
-from deepseek_jax.checkpoint import folders, manager, metadata
+from deepseek_jax.checkpoint import disk, folders, manager, metadata
 from deepseek_jax.config import OptimConfig, TrainConfig
 from deepseek_jax.tokenizer.bytes import Bytes
 from deepseek_jax.train import hooks, loop, start
@@ -55,6 +55,7 @@ def init_state(parts, seed):
         (jnp.zeros(3),),
         (),
         jax.random.PRNGKey(seed),
+        {},
     )
 
 
@@ -410,7 +411,7 @@ def test_how_a_run_is_computed_and_logged_may_change(tmp_path):
 def test_a_full_disk_is_found_before_the_first_step(tmp_path, monkeypatch):
     usage = SimpleNamespace(free=10)
     monkeypatch.setattr(manager.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(manager.DiskFull, match="are free at"):
+    with pytest.raises(disk.DiskFull, match="are free at"):
         train.run(config(), tmp_path / "run")
     assert not list(tmp_path.iterdir())
 

@@ -96,7 +96,7 @@ def test_gradients_are_those_of_outputs(monkeypatch):
     """Their sum is the loss's slope in a number added to all of a map's outputs."""
     names = "q_a", "kv_b", "down"
 
-    def sums(x, scheme):
+    def sums(x, scheme, known=None):
         zeros = jnp.zeros(())
         return numerics.Found(x.sum(), zeros, zeros, zeros, zeros)
 

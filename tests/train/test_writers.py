@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from deepseek_jax.checkpoint.manager import DiskFull
+from deepseek_jax.checkpoint.disk import DiskFull
 from deepseek_jax.train import writers
 from deepseek_jax.train.writers import JsonlWriter, TensorBoardWriter, cut_after, read
 
