@@ -43,10 +43,11 @@ def summarize(run: Run) -> Record:
     `eval_ce`, `maxvio_global` and `dead_experts` (their number in all MoE layers of the
     main model) are of the final evaluation over the whole validation set;
     `maxvio_batch` is the mean over the last 10 % of the training steps, known with it;
-    `tokens_per_s` is the median over the steps so far.
+    `tokens_per_s` is the median over the steps so far but the first, which compiles.
     """
     final, total = run.final or {}, run.total_steps or 0
-    rates = [r["tokens_per_s"] for r in run.train[1:] if r.get("tokens_per_s")]
+    timed, rates = run.series("tokens_per_s")
+    rates = rates[(timed > (run.train[0]["step"] if run.train else 0)) & (rates > 0)]
     steps, violation = run.series("maxvio_batch")
     late = violation[steps > (1 - LAST_PART) * total]
     dead = final.get("eval_dead_experts")
@@ -60,7 +61,7 @@ def summarize(run: Run) -> Record:
         _number(final.get("eval_maxvio_global")),
         _number(late.mean()) if final and len(late) else None,
         None if dead is None else int(np.sum(dead[: run.num_moe])),
-        float(np.median(rates)) if rates else None,
+        float(np.median(rates)) if len(rates) else None,
         run.status,
     )
     return dict(zip(SUMMARY_FIELDS, values, strict=True))

@@ -18,6 +18,7 @@ from deepseek_jax.data.sources import open_corpus
 from deepseek_jax.eval import acceptance, logits
 from deepseek_jax.tokenizer.bytes import Bytes
 from deepseek_jax.train.state import assemble, init_state
+from experiments import acceptance as command
 from experiments import common, evaluate
 from tests.factory import SMALL, small
 from tests.train.corpus import write_corpus
@@ -260,13 +261,71 @@ def test_acceptance_by_domain(speaker, tmp_path, capsys):
     assert found["together"]["prompts"] == 6 and len(found["spread"]) == 2
 
 
+@pytest.fixture
+def sweep(speaker, tmp_path):
+    """Two seeds of a setting with two modules; one of another is not done."""
+    names = {"depth2-s0": 0, "depth2-s1": 1, "depth0-s0": 0, "depth1-s0": 0}
+    items = []
+    for name, seed in names.items():
+        depth = int(name[5])
+        items.append(
+            {"name": name, "overrides": {"model.mtp.depth": depth, "seed": seed}}
+        )
+        folder = shutil.copytree(speaker[0], tmp_path / "sweep" / name)
+        saved = json.loads((folder / "config.json").read_text())
+        saved["config"]["model"]["mtp"]["depth"] = depth
+        saved["config"]["seed"] = seed
+        (folder / "config.json").write_text(json.dumps(saved))
+    done = [{"name": n, "status": "failed" if "h1" in n else "done"} for n in names]
+    root = tmp_path / "sweep"
+    (root / "sweep.json").write_text(json.dumps({"title": "depths", "runs": items}))
+    (root / "summary.json").write_text(json.dumps(done))
+    return root
+
+
+def test_acceptance_of_a_sweep_by_setting(sweep, speaker, tmp_path, capsys):
+    out = tmp_path / "acceptance.json"
+    evaluate.main(measuring(sweep, out))
+    alone = tmp_path / "alone.json"
+    evaluate.main(measuring(speaker[0], alone))
+    shown = capsys.readouterr()
+    assert "[2/2] depth2-s1" in shown.err
+    heading, row, *_ = shown.out.splitlines()
+    assert heading.split("  ")[0] == "setting" and "draft 2" in heading
+    found, one = json.loads(out.read_text()), json.loads(alone.read_text())
+    assert list(found["runs"]) == ["depth2-s0", "depth2-s1"]
+    assert found["settings"] == one.pop("settings") | {"depth": None}
+    assert all(each == one for each in found["runs"].values())
+    assert row.split()[:2] == ["depth=2", "2"]
+    share = one["together"]["accepted"][0]["value"]
+    assert row.split()[2:5] == [f"{share:.1%}", "±", "0.0%"]
+    texts = [each[1]["value"] for each in one["text"].values()]
+    assert row.split()[-3:] == [f"{np.mean(texts):.1%}", "±", "0.0%"]
+
+
+@pytest.mark.parametrize(
+    "kept, changes, message",
+    [
+        (["depth0-s0", "depth1-s0"], {}, "no run of this sweep is done and has MTP"),
+        (["depth2-s0"], {"depth": 3}, "--depth 3: depth2-s0 has 2 MTP modules"),
+    ],
+)
+def test_a_sweep_without_drafts(kept, changes, message, sweep, tmp_path, capsys):
+    stored = json.loads((sweep / "sweep.json").read_text())
+    stored["runs"] = [item for item in stored["runs"] if item["name"] in kept]
+    (sweep / "sweep.json").write_text(json.dumps(stored))
+    out = tmp_path / "a.json"
+    code, text = refused(capsys, measuring(sweep, out, **changes))
+    assert code == common.BAD_INPUT and message in text and not out.exists()
+
+
 def test_what_is_not_known_is_not_printed_and_null():
     nan = float("nan")
     one = acceptance.Ratio(0.5, nan, 8)
     made = acceptance.Measured(1, (one,), acceptance.Ratio(1.5, nan, 8))
     report = acceptance.Report({"a": made}, made, (0.5,), (nan,))
-    assert "±" not in evaluate.table(report, {"a": (one,)})
-    found = json.loads(json.dumps(evaluate.plain(report)), parse_constant=pytest.fail)
+    assert "±" not in command.table(report, {"a": (one,)})
+    found = json.loads(json.dumps(command.plain(report)), parse_constant=pytest.fail)
     assert found["domains"]["a"]["accepted"] == [{"value": 0.5, "error": None, "of": 8}]
     assert found["spread"] == [None]
 
