@@ -507,8 +507,7 @@ class Config:
             rows % parts == 0,
             "data.batch",
             rows,
-            f"must be a multiple of {name} x the mesh's devices that share the rows of "
-            f"one = {parts}",
+            f"must be a multiple of {name} x the devices a micro-batch has = {parts}",
         )
         _check(
             rows % mesh.size == 0,
@@ -523,6 +522,7 @@ class Config:
             self.model.moe.num_experts,
             f"must be a multiple of mesh.node x mesh.expert = {shares}",
         )
+        policy.check_alone(self.runtime.compute, self.runtime.fp8, mesh.size, schedule)
 
     @property
     def micro_batches(self) -> int:

@@ -246,8 +246,8 @@ def build(config: RuntimeConfig, rows: Rows | None = None) -> Runtime:
             "chunked": functools.partial(chunked, keep=keep),
         }
         own_remat = recipe.REMAT
-    # Matrices that remember scales are two operands, not one.
-    joined = not (pieces and pieces.history)
+    # Where a matrix has one scale, gate and up are two.
+    joined = not pieces or bool(pieces.block)
     experts: dict[str, Callable[..., Array]] = {
         "dense": experts_dense,
         "blocks": functools.partial(experts_by_size, block=config.block, joined=joined),

@@ -9,7 +9,7 @@ from typing import Any
 
 import deepseek_jax
 from deepseek_jax.analysis import runs
-from deepseek_jax.analysis.seeds import Spread
+from deepseek_jax.analysis.seeds import spread
 from deepseek_jax.checkpoint import folders, manager, metadata
 from deepseek_jax.config import Config
 from deepseek_jax.data import heldout
@@ -81,22 +81,17 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--prompts {options.prompts}: must be at least 1")
     used = [*SETTINGS, "depth"]
     settings = {name: getattr(options, name.replace("-", "_")) for name in used}
-    found: dict[str, Any]
     if (options.checkpoint / metadata.SWEEP).exists():
-        by_run = of_sweep(options)
-        print(seeds_table(by_run))
-        found = {run.name: as_json(made) for run, made in by_run}
-        found = {"settings": settings, "runs": found}
-    else:
-        made = measured(options, options.checkpoint)
-        settings["depth"] = len(made[0].mean)
-        print(table(*made))
-        found = {"settings": settings, **as_json(made)}
-    write_text(options.out, json.dumps(found, indent=1) + "\n")
+        run_sweep(options, settings)
+        return
+    made = measured(options, options.checkpoint)
+    print(table(*made))
+    settings["depth"] = len(made[0].mean)
+    store(options.out, {"settings": settings, **as_json(made)})
 
 
-def of_sweep(options: argparse.Namespace) -> list[tuple[runs.Run, Measured]]:
-    """What each run of a sweep comes to, if it is done and has modules.
+def run_sweep(options: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Each run of a sweep that is done and has modules, stored one by one.
 
     Raises:
       ValueError: there is none, one has fewer modules than `--depth`, or as `measured`.
@@ -113,16 +108,24 @@ def of_sweep(options: argparse.Namespace) -> list[tuple[runs.Run, Measured]]:
             "MTP modules (model.mtp.depth)"
         )
     for run in chosen:
-        if (options.depth or 0) > run.get("model.mtp.depth"):
+        depth = run.get("model.mtp.depth")
+        if (options.depth or 0) > depth:
             raise ValueError(
-                f"--depth {options.depth}: {run.name} has "
-                f"{run.get('model.mtp.depth')} MTP modules; leave it out for all"
+                f"--depth {options.depth}: {run.name} has {depth} MTP modules; leave "
+                "it out for all"
             )
-    found = []
+    found: list[tuple[runs.Run, Measured]] = []
     for number, run in enumerate(chosen, 1):
         print(f"[{number}/{len(chosen)}] {run.name}", file=sys.stderr, flush=True)
         found.append((run, measured(options, run.path)))
-    return found
+        by_run = {run.name: as_json(made) for run, made in found}
+        store(options.out, {"settings": settings, "runs": by_run})
+    print(seeds_table(found))
+
+
+def store(out: Path, found: dict[str, Any]) -> None:
+    """Writes JSON, whole or not at all."""
+    write_text(out, json.dumps(found, indent=1) + "\n")
 
 
 def measured(options: argparse.Namespace, checkpoint: Path) -> Measured:
@@ -225,25 +228,37 @@ def seeds_table(found: list[tuple[runs.Run, Measured]]) -> str:
         mine = [(run, *made) for run, made in found if run.label == label]
 
         def over(value: Any, form: str = ".1%", mine: Any = mine) -> str:
-            by_seed = {run.seed: value(report, text) for run, report, text in mine}
-            made = Spread(by_seed)
-            return share(made.mean, made.std, form)
+            made = spread((run.seed, known(value(*made))) for run, *made in mine)
+            return share(made.mean, made.std, form) if made else ""
 
         _, report, text = mine[0]
-        known = range(len(report.mean)), range(len(next(iter(text.values()))))
+        drafts_here, modules_here = len(report.mean), len(next(iter(text.values())))
         lines.append(
-            [label, str(len(mine))]
-            + [over(lambda r, _, k=k: r.together.accepted[k].value) for k in known[0]]
-            + [""] * (drafts - len(report.mean))
-            + [over(lambda r, _: r.together.tokens_per_step.value, ".2f")]
-            + [over(lambda _, t, k=k: over_domains(t, k)) for k in known[1]]
+            [label, str(len({run.seed for run, *_ in mine}))]
+            + [
+                over(lambda report, _, k=k: report.together.accepted[k].value)
+                for k in range(drafts_here)
+            ]
+            + [""] * (drafts - drafts_here)
+            + [over(lambda report, _: report.together.tokens_per_step.value, ".2f")]
+            + [
+                over(lambda _, text, k=k: over_domains(text, k))
+                for k in range(modules_here)
+            ]
         )
     return aligned(lines)
 
 
+def known(value: float) -> float | None:
+    """None where nothing can be said."""
+    return None if math.isnan(value) else value
+
+
 def over_domains(text: Text, module: int) -> float:
-    """The mean of the domains' agreement."""
-    return sum(each[module].value for each in text.values()) / len(text)
+    """The mean of the agreement in domains where there is any text."""
+    each = [shares[module].value for shares in text.values()]
+    there = [value for value in each if not math.isnan(value)]
+    return sum(there) / len(there) if there else math.nan
 
 
 def columns(drafts: int, modules: int) -> list[str]:

@@ -9,7 +9,7 @@ first does all else. The report (arXiv:2412.19437) says nothing about checkpoint
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
+from deepseek_jax.checkpoint import streaming
 from deepseek_jax.checkpoint.barrier import Barrier, reading
 from deepseek_jax.checkpoint.disk import DiskFull, is_disk_full
 from deepseek_jax.checkpoint.folders import (
@@ -95,8 +96,8 @@ def restore(
         those of the result.
       step: only this one.
       partial: `like` names a part of the state, as a dict, and the rest is not read.
-      optional: fields of the state that a checkpoint may lack, whose arrays are then
-        those of `like`, or have although `like` has none.
+      optional: fields of the state, a named tuple, that stay as `like` has them where
+        the checkpoint has none, or others or of another shape.
       accept: called with the checkpoint's config before the state is read; raises to
         refuse.
       say: told about every damaged checkpoint that is passed over.
@@ -135,7 +136,11 @@ def _read(
         )
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    targets = jax.tree.map(target, like)
+    fresh = _unlike(root / str(step), like, optional)
+    wanted = like
+    if fresh:
+        wanted = {k: v for k, v in like._asdict().items() if k not in fresh}
+    targets = jax.tree.map(target, wanted)
     arguments = ocp.checkpoint_utils.construct_restore_args(targets)
     with reading() as reader:
         items = reader.restore(
@@ -144,24 +149,47 @@ def _read(
                 state=ocp.args.PyTreeRestore(
                     targets,
                     restore_args=arguments,
-                    partial_restore=partial or bool(optional),
+                    partial_restore=partial or bool(fresh),
                 ),
                 data=ocp.args.JsonRestore(),
                 config=ocp.args.JsonRestore(),
             ),
         )
-
-    def there(path: Any, leaf: Any, own: Any) -> Any:
+    state = items["state"]
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         # Asked for a part, Orbax gives the request back for what is not there.
-        if not isinstance(leaf, jax.ShapeDtypeStruct):
-            return leaf
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name.partition("/")[0] in optional:
-            return own
-        raise ValueError(f"checkpoint {root / str(step)} has no {name}")
-
-    state = jax.tree_util.tree_map_with_path(there, items["state"], like)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"checkpoint {root / str(step)} has no {name}")
+    if fresh:
+        state = like._replace(**state)
     return Restored(step, state, items["data"], items["config"])
+
+
+def _unlike(step_dir: Path, like: Any, optional: tuple[str, ...]) -> tuple[str, ...]:
+    """The optional fields that a checkpoint has none of, or not those of `like`.
+
+    Raises:
+      ValueError: it has something else that `like` has not.
+    """
+    if not optional:
+        return ()
+    stored = streaming.Reader(step_dir).shapes
+    own = {leaf: tuple(x.shape) for leaf, x in streaming.leaves(like).items()}
+    more = [leaf for leaf in stored if leaf not in own and leaf[0] not in optional]
+    if more:
+        raise ValueError(
+            f"checkpoint {step_dir} has {'/'.join(more[0])}, which this state has not"
+        )
+
+    def part(shapes: Mapping[streaming.Leaf, Any], field: str) -> dict[Any, Any]:
+        return {leaf: shape for leaf, shape in shapes.items() if leaf[0] == field}
+
+    return tuple(
+        field
+        for field in optional
+        if not part(stored, field) or part(stored, field) != part(own, field)
+    )
 
 
 def restore_average(root: Path, step: int, like: Any) -> Any | None:

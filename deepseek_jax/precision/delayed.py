@@ -6,8 +6,9 @@ NVIDIA's Transformer Engine does: every operand of a map has one scale, of the l
 magnitude it had in some last steps, and what has grown beyond it saturates.
 
 A map's weight comes to it with these magnitudes (`Remembered`), and the weight's
-gradient takes back those of this time. Whoever has the weight alone, as evaluation and
-decoding do, gets scales of the moment, and so does a first step.
+gradient takes back those of this time. In a first step, and wherever the weight comes
+alone, as in decoding, scales are of the moment. So are in any case those of what is
+kept for later: SwiGLU's inputs and attention's output.
 """
 
 import functools
@@ -25,11 +26,12 @@ from deepseek_jax.precision.quantize import Scheme, scale_of
 from deepseek_jax.typing import Array, Params, at_least_f32
 from pallas_kernels.fp8_quantize.reference import amax
 
-OPERANDS = ("x", "w", "g")
+X, G, W = 0, 1, slice(2, None)  # an input, an output's gradient, each matrix of w
 EXPERTS = ("gate", "up", "down")  # what the matrices of a layer's experts are called
 
-# By a weight's path, as moe.attn.q_a.kernel: [layers, 3, steps], the last step first.
-# An MTP module's maps are in no stack of layers: [3, steps]. 0: there was no such step.
+# By a weight's path, as moe.attn.q_a.kernel: [layers, operands, steps], the last step
+# first, operands as above. An MTP module's maps are in no stack of layers: [operands,
+# steps]. 0: there was no such step.
 Histories = dict[str, Array]
 
 
@@ -38,14 +40,13 @@ Histories = dict[str, Array]
 )
 @dataclass(frozen=True)
 class Remembered:
-    """A weight, and the largest magnitudes [..., 3] of OPERANDS in earlier steps.
+    """A weight, and the largest magnitudes of its map's operands in earlier steps.
 
-    As a gradient: that of the weight, and the magnitudes of this time. The weight of
-    experts is [E, D, F]; all of a layer's are one operand.
+    As a gradient: that of the weight, and the magnitudes of this time.
     """
 
-    weight: Array  # the first leaf: Linen compares its shape with a fresh weight's
-    amax: Array
+    weight: Array  # [D, F], or of experts [E, D, F]; the first leaf, as Linen wants it
+    amax: Array  # [3], or of experts [2+E]
 
     def __len__(self) -> int:
         return len(self.weight)
@@ -77,12 +78,13 @@ def empty(params: Params, pieces: Pieces | None) -> Histories:
     for path, leaf in _leaves(params):
         *_, parent, name = ["", *path.split(".")]
         if name == "kernel" and parent in maps:
-            layers = leaf.shape[:-2]
+            layers, matrices = leaf.shape[:-2], 1
         elif parent == "moe" and name in EXPERTS and "experts" in maps:
-            layers = leaf.shape[:-3]
+            *layers, matrices = leaf.shape[:-2]
         else:
             continue
-        made[path] = jnp.zeros((*layers, len(OPERANDS), pieces.history), jnp.float32)
+        shape = (*layers, 2 + matrices, pieces.history)
+        made[path] = jnp.zeros(shape, jnp.float32)
     return made
 
 
@@ -148,9 +150,20 @@ def _units(recipe: Recipe, later: bool) -> Recipe:
     )
 
 
+def largest(x: Array, axes: tuple[int, ...] | None = None) -> Array:
+    """Largest magnitude over some axes, or all, as histories have it."""
+    return amax(x, axes).astype(jnp.float32)
+
+
 def scale(known: Array, now: Array, scheme: Scheme) -> Array:
     """The scale for the largest magnitude that is known, or else for this time's."""
     return scale_of(jnp.where(known > 0, known, now), scheme)
+
+
+def finite(seen: Mapping[str, Array]) -> Array:
+    """Whether all magnitudes of a step are; what is infinite only saturates."""
+    each = [jnp.isfinite(magnitudes).all() for magnitudes in seen.values()]
+    return functools.reduce(jnp.logical_and, each, jnp.asarray(True))
 
 
 Dot = Callable[..., Array]
@@ -197,29 +210,47 @@ def _forward(
     w: Remembered,
     *blocks: Array,
 ) -> tuple[Array, Any]:
-    seen = jnp.stack([amax(at_least_f32(now(x))), amax(w.weight)])
-    scale_x = scale(w.amax[0], seen[0], recipe.x)
-    scale_w = scale(w.amax[1], seen[1], recipe.w)
+    known, weight = w.amax, w.weight
+    seen_x, seen_w = largest(now(x)), largest(weight, (-2, -1)).reshape(-1)
+    scale_x = scale(known[X], seen_x, recipe.x)
+    scale_w = scale(known[W], seen_w, recipe.w)
     units = _units(recipe, isinstance(x, Later))
 
     def product(x: Array | Later, weight: Array) -> Array:
-        return dot(units, _over(x, scale_x), weight / scale_w, *blocks, gemms)
+        of_w = scale_w.reshape(*weight.shape[:-2], 1, 1)
+        return dot(units, _over(x, scale_x), weight / of_w, *blocks, gemms)
 
-    y, pull = jax.vjp(product, x, w.weight)
-    both = scale_x * scale_w
-    return y * both, (pull, both, seen, w.amax[2], blocks)
+    y, pull = jax.vjp(product, x, weight)
+    saved = pull, (scale_x, scale_w), (seen_x, seen_w), known[G], blocks
+    return y * scale_x * _of_rows(scale_w, blocks, y), saved
 
 
 def _backward(
     dot: Dot, recipe: Recipe, gemms: Gemms, saved: Any, g: Array
 ) -> tuple[Any, ...]:
-    pull, both, seen, known, blocks = saved
-    largest = amax(g)
-    scale_g = scale(known, largest, recipe.g)
-    gradients = pull(g / scale_g)
-    dx, dw = jax.tree.map(lambda d: (d * (both * scale_g)).astype(d.dtype), gradients)
-    seen = jnp.append(seen, largest)
-    return dx, Remembered(dw, seen), *(None for _ in blocks)
+    pull, (scale_x, scale_w), (seen_x, seen_w), known, blocks = saved
+    seen_g = largest(g)
+    scale_g = scale(known, seen_g, recipe.g)
+    dx, dw = pull(g / scale_g)
+
+    # `pull` divides by the scales of x and w as `product` does. The gradient's comes
+    # first: the least are far from what float32 has no room for.
+    def of_x(d: Array) -> Array:
+        whole = d * scale_g * scale_x * _of_rows(scale_w, blocks, d)
+        return whole.astype(d.dtype)
+
+    of_w = scale_w.reshape(*dw.shape[:-2], 1, 1)
+    dw = (dw * scale_g * scale_x * of_w).astype(dw.dtype)
+    seen = jnp.concatenate([seen_x[None], seen_g[None], seen_w])
+    return jax.tree.map(of_x, dx), Remembered(dw, seen), *(None for _ in blocks)
+
+
+def _of_rows(scale_w: Array, blocks: tuple[Array, ...], like: Array) -> Array:
+    """The weight's scale, or for each block of rows that of its expert."""
+    if not blocks:
+        return scale_w[0]
+    expert_n, _ = blocks
+    return scale_w[expert_n].reshape(-1, *[1] * (like.ndim - 1))
 
 
 _remembered.defvjp(_forward, _backward)

@@ -154,7 +154,26 @@ def pieces(compute: str, own: Pieces = AS_NAMED) -> Pieces | None:
     bits, exact = made.bits, made.exact == "yes"
     fits = bool(bits) or not exact
     check(fits, "runtime.fp8.bits", bits, "needs bits, exact is 'yes'")
+    right = (
+        "needs one scale a matrix: runtime.fp8.tile = 0 and block = 0, which are "
+        f"{made.tile} and {made.block}; or take 0 steps, no history"
+    )
     whole = not (made.tile or made.block)
-    right = f"needs one scale a matrix: tile and block are {made.tile} and {made.block}"
     check(whole or not made.history, "runtime.fp8.history", made.history, right)
     return made
+
+
+def check_alone(compute: str, own: Pieces, devices: int, schedule: str) -> None:
+    """Refuses scales of earlier steps where their histories are not kept.
+
+    Raises:
+      ValueError: on a mesh of several devices, or under a pipeline's schedule.
+    """
+    found = pieces(compute, own)
+    steps = found.history if found else 0
+    right = (
+        f"scales of earlier steps need one device and no pipeline, not {devices} and "
+        f"{schedule!r}; take fp8_per_tensor, or 0 steps"
+    )
+    alone = devices == 1 and schedule == "none"
+    check(alone or not steps, "runtime.fp8.history", steps, right)

@@ -16,6 +16,7 @@ from deepseek_jax.data.batch import Batch
 from deepseek_jax.eval import routing
 from deepseek_jax.ops.losses import token_nll
 from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.precision.delayed import remembered
 from deepseek_jax.train.objective import forward, router_masks, target_masks, totals
 from deepseek_jax.train.state import Parts, TrainState
 from deepseek_jax.typing import Array, Params
@@ -103,8 +104,9 @@ def evaluate(
       ValueError: there is no validation batch.
     """
     whole, probes = None, []
+    params = remembered(state.params, state.scales)
     for batch in batches:
-        sums, chosen_RLK = evaluate_batch(state.params, state.balance, batch)
+        sums, chosen_RLK = evaluate_batch(params, state.balance, batch)
         sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
         whole = sums if whole is None else jax.tree.map(np.add, whole, sums)
         probes.append(np.asarray(chosen_RLK, np.int16))

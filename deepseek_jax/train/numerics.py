@@ -57,14 +57,14 @@ def of(x: Array, scheme: quantize.Scheme, known: Array | None = None) -> Found:
     """What quantisation does to x [..., M, N].
 
     Args:
-      known: the largest magnitude of earlier steps, which gives the scale unless it is
-        0; None: scales are of the moment.
+      known: the largest magnitude [...] of earlier steps, which gives the scale unless
+        it is 0; None: scales are of the moment.
     """
     if known is None:
         scale = quantize.scales(x, scheme)
     else:
-        of_all = delayed.scale(known, delayed.amax(x).astype(jnp.float32), scheme)
-        scale = of_all * jnp.ones((*x.shape[:-2], 1, 1))
+        own = delayed.largest(x, (-2, -1))
+        scale = delayed.scale(known.reshape(own.shape), own, scheme)[..., None, None]
     counts = quantize.counts(x, scheme, scale=scale)
     scale = scale.reshape(-1)
     power = jnp.clip(jnp.frexp(scale)[1] - 1 - LEAST, 0, POWERS - 1)
@@ -91,7 +91,9 @@ def _name(module: nn.Module) -> str:
 
 def _known(w: Array | delayed.Remembered) -> tuple[Array | None, Array | None]:
     """Of a map's x and w, the largest magnitudes of earlier steps."""
-    return (w.amax[0], w.amax[1]) if delayed.is_remembered(w) else (None, None)
+    if not isinstance(w, delayed.Remembered):
+        return None, None
+    return w.amax[delayed.X], w.amax[delayed.W]
 
 
 def _watch(
@@ -203,7 +205,7 @@ def _known_gradient(state: TrainState, where: str) -> tuple[Array, ...]:
     """
     last = "down" if where.endswith("/moe") else "kernel"
     history = state.scales.get(".".join([*where.split("/"), last]))
-    return () if history is None else (history[..., 2, :].max(-1).reshape(-1),)
+    return () if history is None else (history[..., delayed.G, :].max(-1).reshape(-1),)
 
 
 def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:

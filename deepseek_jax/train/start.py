@@ -208,7 +208,8 @@ def make_evaluator(
 def restore(run: Run, workdir: Path, say: Say) -> tuple[TrainState, int]:
     """The state of the newest good checkpoint and its step, or a fresh one and 0.
 
-    A policy that keeps scales of earlier steps starts to where there were none.
+    Scales of earlier steps (`precision.delayed`) start anew if the checkpoint has none,
+    or histories of another length.
     """
     root = workdir / folders.FOLDER
     state = init_state(run.parts, run.parts.config.seed)

@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from deepseek_jax import runtime
 from deepseek_jax.config import Config
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.nested import check
 from deepseek_jax.ops import balancing
 from deepseek_jax.optim.adamw import adamw
 from deepseek_jax.optim.schedules import learning_rate
@@ -57,11 +56,7 @@ def assemble(config: Config, devices: Sequence[jax.Device] | None = None) -> Par
 
     Args:
       devices: of the mesh; by default all that JAX has.
-
-    Raises:
-      ValueError: as `runtime.build` and `check_histories`.
     """
-    check_histories(config)
     balancer = balancing.build(config.balance, config.model.moe)
     mesh = meshes.make(config.mesh, devices)
     rows = functools.partial(on_devices, mesh=mesh) if mesh.size > 1 else None
@@ -81,22 +76,6 @@ def assemble(config: Config, devices: Sequence[jax.Device] | None = None) -> Par
 def pieces(config: Config) -> policy.Pieces | None:
     """What FP8 training is made of; None: nothing is in FP8."""
     return policy.pieces(config.runtime.compute, config.runtime.fp8)
-
-
-def check_histories(config: Config) -> None:
-    """Refuses scales from earlier steps where they are not kept.
-
-    Raises:
-      ValueError: there is a mesh or a pipeline.
-    """
-    found = pieces(config)
-    steps = found.history if found else 0
-    alone = config.mesh.size == 1 and config.pipeline.schedule == "none"
-    right = (
-        "scales of earlier steps need a mesh of one device and no pipeline; use "
-        "fp8_per_tensor, or 0"
-    )
-    check(alone or not steps, "runtime.fp8.history", steps, right)
 
 
 def init_balance(parts: Parts) -> Any:

@@ -19,6 +19,7 @@ from deepseek_jax.model.moe import Aux
 from deepseek_jax.model.transformer import Totals
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.precision.delayed import (
+    finite,
     forgotten,
     is_remembered,
     pushed,
@@ -152,7 +153,8 @@ def plain_step(parts: Parts) -> Step:
             state.key,
             pushed(state.scales, seen),
         )
-        sound = jnp.isfinite(losses.loss) & jnp.isfinite(norm) & (state.step >= 0)
+        sound = jnp.isfinite(losses.loss) & jnp.isfinite(norm) & finite(seen)
+        sound &= state.step >= 0
         kept = refused(state)
         return jax.tree.map(functools.partial(jnp.where, sound), new, kept), metrics
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import deepseek_jax
+from deepseek_jax.analysis import runs
 from deepseek_jax.checkpoint import manager, metadata
 from deepseek_jax.config import DataConfig, MTPConfig
 from deepseek_jax.data.sources import open_corpus
@@ -301,6 +303,40 @@ def test_acceptance_of_a_sweep_by_setting(sweep, speaker, tmp_path, capsys):
     assert row.split()[2:5] == [f"{share:.1%}", "±", "0.0%"]
     texts = [each[1]["value"] for each in one["text"].values()]
     assert row.split()[-3:] == [f"{np.mean(texts):.1%}", "±", "0.0%"]
+
+
+def made(accepted, text, tokens=1.5):
+    """What a run comes to, by numbers."""
+    one = acceptance.Measured(
+        4,
+        tuple(acceptance.Ratio(value, 0.1, 8) for value in accepted),
+        acceptance.Ratio(tokens, 0.1, 8),
+    )
+    report = acceptance.Report({"a": one}, one, accepted, accepted)
+    shares = {
+        domain: tuple(acceptance.Ratio(value, 0.1, 8) for value in values)
+        for domain, values in text.items()
+    }
+    return report, shares
+
+
+def test_settings_are_means_over_seeds():
+    nan = float("nan")
+    rows = [
+        ("two", 0, made((0.5, 0.3), {"a": (0.2, 0.1), "b": (0.4, nan)}, 1.8)),
+        ("two", 1, made((0.7, nan), {"a": (0.6, 0.3), "b": (0.8, nan)}, 2.0)),
+        ("one", 0, made((0.9,), {"a": (nan,), "b": (nan,)})),
+    ]
+    found = [
+        (runs.Run(f"{label}-s{seed}", Path(), {"seed": seed}, label=label), each)
+        for label, seed, each in rows
+    ]
+    _, two, one = command.seeds_table(found).splitlines()
+    assert re.split(r"  +", two) == [
+        *("two", "2", "60.0% ± 14.1%", "30.0%", "1.90 ± 0.14"),
+        *("50.0% ± 28.3%", "20.0% ± 14.1%"),
+    ]
+    assert re.split(r"  +", one) == ["one", "1", "90.0%", "1.50"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from deepseek_jax.config import (
     MeshConfig,
     OptimConfig,
     PipelineConfig,
+    RuntimeConfig,
     TrainConfig,
     flatten,
     to_dict,
@@ -139,6 +140,19 @@ def test_in_float32_losses_stay_together(form):
     ]
     print(f"{form}: largest difference of a loss {max(gaps):.1e}")
     assert max(gaps) < 1e-3
+
+
+@pytest.mark.slow
+def test_scales_of_earlier_steps_are_each_runs_own():
+    runtime = RuntimeConfig(compute="fp8_delayed", block=8)
+    configs = [tiny(runtime=runtime, seed=seed) for seed in range(2)]
+    expected = [alone(config, i, 3) for i, config in enumerate(configs)]
+    found = together(configs, *FORMS["one by one"], 3)
+    for (metrics, state), (told, other) in zip(expected, found, strict=True):
+        for before, after in zip(metrics, told, strict=True):
+            np.testing.assert_allclose(after["loss"], before["loss"], rtol=1e-5)
+        near = functools.partial(np.testing.assert_allclose, rtol=1e-2, atol=1e-4)
+        jax.tree.map(near, other, state)
 
 
 SPLIT = {"mesh.data": (MeshConfig(data=2), "none"), "schedule": (MeshConfig(), "gpipe")}
