@@ -127,6 +127,13 @@ def require(holder: flags.FlagHolder[Any], example: str) -> Any:
     return holder.value
 
 
+def command(module: str) -> str:
+    """How a command of ours is called from here, to be printed."""
+    here, own = Path.cwd(), Path(sys.executable)
+    python = str(own.relative_to(here)) if own.is_relative_to(here) else "python"
+    return f"{python} -m {module}"
+
+
 def arguments(module: str, about: str | None) -> Parser:
     """The parser of a command that takes no config, with --traceback."""
     parser = Parser(

@@ -287,7 +287,8 @@ def print_all(cache: Path) -> None:
         except ValueError as error:
             print(error)
     if not built:
-        print(f"nothing built yet in {cache}: run python -m experiments.corpus")
+        build = common.command("experiments.corpus")
+        print(f"nothing built yet in {cache}: run {build}")
 
 
 def copy_to(root: Path, out: Path) -> Path:

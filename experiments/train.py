@@ -40,8 +40,9 @@ def main() -> None:
     if processes.is_first():
         print(
             f"Results: {workdir}. What to do with them:\n"
-            f"  python -m experiments.report --workdir={workdir}\n"
-            f"  python -m experiments.generate --checkpoint={workdir} --prompt=TEXT"
+            f"  {common.command('experiments.report')} --workdir={workdir}\n"
+            f"  {common.command('experiments.generate')} --checkpoint={workdir} "
+            "--prompt=TEXT"
         )
 
 

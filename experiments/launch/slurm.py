@@ -117,7 +117,8 @@ def check(plan: Plan, workdir: Path, resources: Resources, *, dry: bool) -> str:
     if queue(workdir) and [record["name"] for record in here] != names:
         raise ValueError(
             f"workdir {workdir}: the sweep has other runs than those in Slurm's queue; "
-            f"wait for them, or end them with python -m experiments.sweep cancel"
+            f"wait for them, or end them with {common.command('experiments.sweep')} "
+            "cancel"
         )
     return text
 

@@ -31,6 +31,14 @@ def test_a_config_dict_gives_the_config_back():
     assert from_config_dict({"seed": 7}).seed == 7
 
 
+def test_a_printed_command_is_of_the_python_that_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
+    assert common.command("a.b") == ".venv/bin/python -m a.b"
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
+    assert common.command("a.b") == "python -m a.b"
+
+
 def test_an_override_changes_one_field():
     values = to_config_dict(CONFIG)
     values.model.moe.top_k = 4

@@ -107,7 +107,7 @@ def test_list_before_a_first_build(tmp_path, capsys):
     command.main(["--list", "--cache", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "nothing built yet" in printed
-    assert "run python -m experiments.corpus" in printed
+    assert "python -m experiments.corpus" in printed
 
 
 def test_list_names_a_damaged_corpus_and_goes_on(tmp_path, capsys):
