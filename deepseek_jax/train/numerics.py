@@ -256,10 +256,9 @@ def some(batch: Batch, rows: int, index: int = 0) -> Batch:
 def recorder(parts: Parts) -> Callable[[TrainState, Batch], dict[str, Any]] | None:
     """`record` of a row for each device of a batch; None: nothing is in 8 bits.
 
-    Nor under a pipeline, whose ranks were not made to hold whole gradients.
+    Under a pipeline, too, the model is computed as in evaluations, without one.
     """
-    config = parts.config
-    if not pieces(config) or config.pipeline.schedule != "none":
+    if not pieces(parts.config):
         return None
 
     @jax.jit

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 
-from deepseek_jax.config import RuntimeConfig
+from deepseek_jax.config import MeshConfig, PipelineConfig, RuntimeConfig
 from deepseek_jax.precision.dots import linear
 from deepseek_jax.precision.policy import Pieces
 from deepseek_jax.train import numerics
@@ -208,3 +209,25 @@ def test_gradients_are_named_when_all_else_is_finite():
     last = CONFIG.model.num_moe - 1
     said = numerics.first_not_finite(spoilt)
     assert f"the output's of moe/moe/shared/up, layer {last}: 2 of" in said
+
+
+@pytest.mark.slow
+def test_under_a_pipeline_as_without():
+    model = dataclasses.replace(CONFIG.model, num_layers=5)
+    pipeline = PipelineConfig(schedule="1f1b", microbatches=2)
+    plain = small(model=model, runtime=FP8)
+    piped = dataclasses.replace(
+        plain, mesh=MeshConfig(pipe=2, data=2), pipeline=pipeline
+    )
+    batch, found = random_batch(plain), []
+    for config in (plain, piped):
+        parts = assemble(config, jax.devices()[: config.mesh.size])
+        found.append(numerics.recorder(parts)(init_state(parts, 0), batch))
+    one, other = found
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if isinstance(value, float):  # of one row, and of a row for each of 4 devices
+            assert abs(other[name] - value) < 1e-3, name
+        elif name.endswith("by_map"):
+            assert other[name].keys() == value.keys()
+            assert [*map(len, other[name].values())] == [*map(len, value.values())]
