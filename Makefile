@@ -22,7 +22,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	PYTHON='$(PYTHON)' sh tools/setup.sh
 	@touch $@
 
-demo: setup  ## compare balancing strategies on a tiny model, about 8 minutes
+demo: setup  ## compare balancing strategies on a tiny model, 8 minutes on 2 free cores
 	$(PY) -m experiments.sweep --sweep=experiments/sweeps/demo.py --workdir=runs/demo $(ARGS)
 
 test: lint  ## lint, types and every test but the slow ones

@@ -102,17 +102,19 @@ def run_sweep(options: argparse.Namespace, settings: dict[str, Any]) -> None:
         for run in study.runs
         if run.status == runs.DONE and run.get("model.mtp.depth")
     ]
+    undone = sum(run.status != runs.DONE for run in study.runs)
+    without = len(study.runs) - undone - len(chosen)
+    left = f"{undone} runs are not done, {without} have no MTP modules"
     if not chosen:
-        raise ValueError(
-            f"--checkpoint {options.checkpoint}: no run of this sweep is done and has "
-            "MTP modules (model.mtp.depth)"
-        )
+        raise ValueError(f"--checkpoint {options.checkpoint}: nothing to do, {left}")
+    if undone or without:
+        print(f"left out: {left}", file=sys.stderr)
     for run in chosen:
         depth = run.get("model.mtp.depth")
         if (options.depth or 0) > depth:
             raise ValueError(
                 f"--depth {options.depth}: {run.name} has {depth} MTP modules; leave "
-                "it out for all"
+                "--depth out for all of each"
             )
     found: list[tuple[runs.Run, Measured]] = []
     for number, run in enumerate(chosen, 1):
@@ -132,13 +134,18 @@ def measured(options: argparse.Namespace, checkpoint: Path) -> Measured:
     """Acceptance, and agreement on text, of one checkpoint.
 
     Raises:
-      ValueError: it has no tokenizer, or as `corpus_of`, `heldout.documents` and
-        `acceptance.measure`.
+      ValueError: it has no tokenizer or no MTP modules, or as `corpus_of`,
+        `heldout.documents` and `acceptance.measure`.
     """
     config, params, balance, tokenizer = deepseek_jax.load(checkpoint)
     if tokenizer is None:
         raise ValueError(
             f"--checkpoint {checkpoint}: has no tokenizer, which text needs"
+        )
+    if not config.model.mtp.depth:
+        raise ValueError(
+            f"--checkpoint {checkpoint}: has no MTP modules (model.mtp.depth = 0), and "
+            "nothing else drafts"
         )
     corpus = corpus_of(checkpoint, config)
     model, rope = logits.build(config), config.model.attention.rope

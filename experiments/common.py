@@ -166,6 +166,9 @@ def guarded(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls `function`, or exits as `run` says."""
     try:
         return function(*arguments)
+    except BrokenPipeError:  # who read the output, as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        end(STOPPED)
     except (Exception, KeyboardInterrupt) as error:
         if (found := foreseen(error)) is None:
             if not among_others():

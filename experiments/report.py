@@ -31,10 +31,14 @@ def main(arguments: list[str]) -> None:
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="only runs with these settings, such as seed=0; needs --out",
+        help="only runs with these settings, such as seed=0; of a KEY given twice "
+        "either VALUE; needs --out",
     )
     given = parser.parse_args(arguments)
-    study = chosen(given.workdir, given.out, dict(map(_setting, given.only)))
+    wanted: dict[str, list[str]] = {}
+    for key, value in map(_setting, given.only):
+        wanted.setdefault(key, []).append(value)
+    study = chosen(given.workdir, given.out, wanted)
     try:
         with hooks.exclusive(study.path):
             study = study.settled() if given.out is None else study
@@ -47,14 +51,19 @@ def main(arguments: list[str]) -> None:
     print(f"{precision.markdown(study)}\nReport: {page}")
 
 
-def chosen(workdirs: list[Path], out: Path | None, wanted: dict[str, str]) -> Study:
+def chosen(
+    workdirs: list[Path], out: Path | None, wanted: dict[str, list[str]]
+) -> Study:
     """The runs that a report is about, with the folder it goes to.
 
     Raises:
       ValueError: there is none such, or it would go over a sweep's own report.
     """
     if out is None and (len(workdirs) > 1 or wanted):
-        raise ValueError("--out: several folders, or --only, need one for their report")
+        raise ValueError(
+            "--out is missing: a report of several folders, or with --only, needs a "
+            "folder of its own"
+        )
     if out is not None and (out / metadata.SWEEP).exists():
         raise ValueError(f"--out {out}: holds a sweep, whose own report this is not")
     studies = [runs.read(workdir) for workdir in workdirs]

@@ -131,6 +131,8 @@ def main(arguments: list[str]) -> int:
     text = slurm.check(planned, workdir, wanted, dry=options.dry_run)
     plan.open_corpora(planned)
     print(budget.text(planned.items, workdir, wanted), flush=True)
+    if note := slurm.no_cuda(wanted):
+        print(note, file=sys.stderr)
     with watch.lock(workdir, patience_s=5.0):
         plan.save(planned, workdir)
         path = slurm.write(text, workdir)

@@ -3,6 +3,7 @@
 Ours; what is compared is what settings differ in, seeds apart.
 """
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,21 +49,41 @@ def together(studies: Sequence[Study], path: Path) -> Study:
     )
 
 
-def only(study: Study, wanted: Mapping[str, str]) -> Study:
-    """The runs whose settings are as wanted: their values, as text, by dotted key.
+def only(study: Study, wanted: Mapping[str, Sequence[str]]) -> Study:
+    """The runs whose settings are as wanted, by dotted key: any of the values, as text.
 
     Raises:
-      ValueError: no run has such a setting, or none has that value.
+      ValueError: no run has such a setting, or none has one of the values.
     """
     runs = study.runs
-    for key, text in wanted.items():
+    for key, texts in wanted.items():
         values = dict.fromkeys(str(run.get(key)) for run in runs)
         if {*values} == {"None"}:
-            raise ValueError(f"--only {key}={text}: no run has a setting {key}")
-        runs = [run for run in runs if str(run.get(key)) == text]
-        if not runs:
-            raise ValueError(f"--only {key}={text}: there is {', '.join(values)}")
+            hint = _near(study, key)
+            raise ValueError(
+                f"--only {key}={texts[0]}: no run has a setting {key}{hint}"
+            )
+        for text in texts:
+            if text not in values:
+                raise ValueError(f"--only {key}={text}: there is {', '.join(values)}")
+        runs = [run for run in runs if str(run.get(key)) in texts]
     return replace(study, runs=runs)
+
+
+def _near(study: Study, key: str) -> str:
+    """A hint at the setting that was meant, or at those that there are."""
+    known = dict.fromkeys(
+        name
+        for run in study.runs
+        for name in (*run.overrides, *flatten(run.config))
+        if name != "name"
+    )
+    ends = [name for name in known if name.endswith(f".{key}")]
+    near = ends or difflib.get_close_matches(key, known, 1)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    varied = [*differing(study), "seed"]
+    return f"; what differs is {', '.join(varied)}"
 
 
 def differing(study: Study) -> dict[str, dict[str, str]]:

@@ -98,15 +98,27 @@ def _all_devices(environment: Mapping[str, str]) -> tuple[int, ...] | None:
 def initialize(environment: Mapping[str, str] = os.environ) -> None:
     """Joins the others, if the environment names any; before JAX touches a device.
 
+    Also says it if JAX_PLATFORMS asks for a GPU first and there is none, where JAX by
+    itself would go on with the CPU.
+
     A process that dies is noticed at the next collective operation, or after
     `HEARTBEAT_S` seconds; JAX then ends this one with a message.
 
     Raises:
-      ValueError: as `place`.
+      ValueError: as `place`; or there is no GPU.
     """
     found = place(environment)
-    if found is None or jax.distributed.is_initialized():
-        return
+    if found is not None and not jax.distributed.is_initialized():
+        _join(found)
+    wanted = environment.get("JAX_PLATFORMS", "")
+    if wanted.startswith("cuda") and jax.default_backend() == "cpu":
+        raise ValueError(
+            f"JAX_PLATFORMS = {wanted!r}: JAX finds no GPU here; install jax[cuda13] "
+            "in this environment, look at nvidia-smi, or set JAX_PLATFORMS=cpu"
+        )
+
+
+def _join(found: Place) -> None:
     # JAX would catch SIGTERM, at which a run saves.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(

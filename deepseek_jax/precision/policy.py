@@ -155,11 +155,12 @@ def pieces(compute: str, own: Pieces = AS_NAMED) -> Pieces | None:
     fits = bool(bits) or not exact
     check(fits, "runtime.fp8.bits", bits, "needs bits, exact is 'yes'")
     right = (
-        "needs one scale a matrix: runtime.fp8.tile = 0 and block = 0, which are "
-        f"{made.tile} and {made.block}; or take 0 steps, no history"
+        f"must be 0, one scale a matrix, with a history of {made.history} steps "
+        f"(runtime.compute = {compute!r}); or set runtime.fp8.history = 0"
     )
-    whole = not (made.tile or made.block)
-    check(whole or not made.history, "runtime.fp8.history", made.history, right)
+    for name in ("tile", "block"):
+        side = getattr(made, name)
+        check(not (side and made.history), f"runtime.fp8.{name}", side, right)
     return made
 
 
@@ -170,10 +171,11 @@ def check_alone(compute: str, own: Pieces, devices: int, schedule: str) -> None:
       ValueError: on a mesh of several devices, or under a pipeline's schedule.
     """
     found = pieces(compute, own)
-    steps = found.history if found else 0
+    if not found or not found.history:
+        return
     right = (
-        f"scales of earlier steps need one device and no pipeline, not {devices} and "
-        f"{schedule!r}; take fp8_per_tensor, or 0 steps"
+        f"with runtime.compute = {compute!r} and a history of {found.history} steps; "
+        "take fp8_per_tensor, or runtime.fp8.history = 0"
     )
-    alone = devices == 1 and schedule == "none"
-    check(alone or not steps, "runtime.fp8.history", steps, right)
+    check(devices == 1, "mesh.size", devices, f"must be 1 {right}")
+    check(schedule == "none", "pipeline.schedule", schedule, f"must be 'none' {right}")

@@ -15,7 +15,7 @@ import jax
 
 from deepseek_jax import tokenizer as tokenizers
 from deepseek_jax.checkpoint import disk, folders, manager, metadata
-from deepseek_jax.config import Config, to_dict
+from deepseek_jax.config import Config, flatten, to_dict
 from deepseek_jax.data import pipeline
 from deepseek_jax.data.cache import default_cache
 from deepseek_jax.data.sources import open_corpus
@@ -224,7 +224,23 @@ def restore(run: Run, workdir: Path, say: Say) -> tuple[TrainState, int]:
         return state, 0
     run.rows.set_state(restored.data)
     say(f"going on after step {restored.step}")
+    saved, now = restored.config["config"], run.description["config"]
+    if changed := precision_change(saved, now):
+        say(f"from here on in another precision: {changed}")
     return restored.state, restored.step
+
+
+def precision_change(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """What differs in `runtime.compute` and `runtime.fp8`, which a run may change; ""
+    if nothing does.
+    """
+    names = ("runtime.compute", "runtime.fp8.")
+    old, new = (
+        {k: v for k, v in flatten(config).items() if k.startswith(names)}
+        for config in (there, here)
+    )
+    found = metadata.differences(old, new)
+    return "; ".join(found).replace(" there, ", " before, ").replace(" here", " now")
 
 
 def record_after(

@@ -144,7 +144,8 @@ def on_gpus(flops: float, resources: Resources) -> str:
     shown = short(hours) if hours >= 0.01 else "under 0.01"
     return (
         f"GPU-hours: {shown}, were they H100s at {GPU_SHARE:.0%} of "
-        f"{short(H100)}FLOP/s; no guess for what they are"
+        f"{short(H100)}FLOP/s; no guess for what they are, nor for compiling, which "
+        "takes from half a minute a run on"
     )
 
 

@@ -9,6 +9,7 @@ code is 1 if one has failed, 130 on Ctrl-C, when all are saved.
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,7 +50,11 @@ def told(found: Sequence[Sequence[str]], size: int) -> str:
     alone = sizes.count(1)
     if not together:
         return f"--vectorize {size}: no two runs differ in scalars and seed alone"
-    parts = [f"{n} runs as one program" for n in together]
+    counts = Counter(together)
+    parts = [
+        f"{n} runs as one program" + (f", {times} times" if times > 1 else "")
+        for n, times in counts.items()
+    ]
     parts += [f"alone, as they are like no other: {alone}"] if alone else []
     return f"--vectorize {size}: " + "; ".join(parts)
 

@@ -8,6 +8,7 @@ hand. What happened to a run is in its own folder (slurm.jsonl, metrics.jsonl, l
 so that nothing depends on Slurm's accounting, which may be off.
 """
 
+import importlib.util
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,7 @@ from experiments.launch.script import Resources
 
 QUEUE = "%K|%F|%T|%N|%r|%k"  # task, array, state, node, reason, comment
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
+CUDA = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 STOP_CODES = (common.INTERRUPTED, 143)  # saved, or had nothing to save yet
 
 
@@ -123,6 +125,16 @@ def check(plan: Plan, workdir: Path, resources: Resources, *, dry: bool) -> str:
     return text
 
 
+def no_cuda(resources: Resources) -> str:
+    """What to say of GPUs that this environment's JAX can't use; "" if all is well."""
+    if not resources.gpus or any(map(importlib.util.find_spec, CUDA)):
+        return ""
+    return (
+        "note: JAX has no CUDA in this environment, so the runs would end at once; "
+        "install it for the GPUs' machines: pip install 'jax[cuda13]'"
+    )
+
+
 def check_idle(workdir: Path) -> None:
     """Refuses a sweep that waits or runs in Slurm, as far as that can be asked.
 
@@ -134,7 +146,7 @@ def check_idle(workdir: Path) -> None:
     if tasks := queue(workdir):
         raise ValueError(
             f"workdir {workdir}: {len(tasks)} of its runs are in Slurm's queue; wait "
-            "for them, or end them with python -m experiments.sweep cancel"
+            f"for them, or end them with {common.command('experiments.sweep')} cancel"
         )
 
 

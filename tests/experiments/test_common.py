@@ -163,3 +163,19 @@ def test_a_bug_in_a_command_shows_where_it_is():
     )
     assert done.returncode == 1
     assert "in broken" in done.stderr and "Traceback" in done.stderr
+
+
+def test_who_reads_the_output_may_have_enough():
+    code = (
+        "from experiments import common\n"
+        "def much():\n"
+        "    for _ in range(10**6): print('much to read')\n"
+        "common.guarded(much)"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -c "{code}" | head -1'],
+        cwd=Path(common.__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("much to read\n", "")

@@ -292,6 +292,7 @@ def test_acceptance_of_a_sweep_by_setting(sweep, speaker, tmp_path, capsys):
     evaluate.main(measuring(speaker[0], alone))
     shown = capsys.readouterr()
     assert "[2/2] depth2-s1" in shown.err
+    assert "left out: 1 runs are not done, 1 have no MTP modules" in shown.err
     heading, row, *_ = shown.out.splitlines()
     assert heading.split("  ")[0] == "setting" and "draft 2" in heading
     found, one = json.loads(out.read_text()), json.loads(alone.read_text())
@@ -342,7 +343,7 @@ def test_settings_are_means_over_seeds():
 @pytest.mark.parametrize(
     "kept, changes, message",
     [
-        (["depth0-s0", "depth1-s0"], {}, "no run of this sweep is done and has MTP"),
+        (["depth0-s0", "depth1-s0"], {}, "1 runs are not done, 1 have no MTP modules"),
         (["depth2-s0"], {"depth": 3}, "--depth 3: depth2-s0 has 2 MTP modules"),
     ],
 )
@@ -384,6 +385,12 @@ def test_bad_settings_of_acceptance(case, speaker, tmp_path, capsys, monkeypatch
     code, text = refused(capsys, words)
     assert code == common.BAD_INPUT and message in text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_acceptance_needs_modules(tmp_path, capsys):
+    plain = checkpoint(tmp_path / "run", depth=0)
+    code, text = refused(capsys, measuring(plain, tmp_path / "a.json"))
+    assert code == common.BAD_INPUT and "has no MTP modules" in text
 
 
 def test_acceptance_needs_the_corpus_of_the_run(speaker, tmp_path, capsys):

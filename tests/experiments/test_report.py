@@ -94,8 +94,8 @@ def test_several_folders_and_some_of_their_runs(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["a", "b"], "--out: several folders"),
-        (["a", "--only", "seed=0"], "--out: several folders, or --only"),
+        (["a", "b"], "--out is missing: a report of several folders"),
+        (["a", "--only", "seed=0"], "--out is missing: a report of several folders"),
         (["a", "--out", "b"], "--out .*b: holds a sweep"),
         (["a", "--out", "c", "--only", "seed"], "--only seed: must be KEY=VALUE"),
     ],

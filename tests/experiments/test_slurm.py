@@ -105,6 +105,15 @@ def test_a_dry_run_writes_the_script_and_needs_no_slurm(
     assert (workdir / "sweep.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_note_if_jax_has_no_cuda_here(there, spec, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(slurm, "CUDA", ("jax" if there else "jax_cuda0_plugin",))
+    dry(spec, tmp_path / "cpus")
+    assert capsys.readouterr().err == ""
+    dry(spec, tmp_path / "gpus", "--gpus-per-run=1")
+    assert ("JAX has no CUDA in this environment" in capsys.readouterr().err) != there
+
+
 def test_what_runs_get(tmp_path, commands):
     path = tmp_path / "sweep_file.py"
     path.write_text(points(ONE | {"mesh.expert": 8}))

@@ -373,7 +373,7 @@ def test_runs_that_share_a_process_end_each_for_itself(
     plan.save(planned, workdir)
     assert local.run(planned, workdir, vectorize=4) == 1
     said = capsys.readouterr().err
-    assert "2 runs as one program; 2 runs as one program" in said
+    assert "2 runs as one program, 2 times" in said
     states = {name: row["status"] for name, row in rows_of(workdir).items()}
     failed = {"v3-s1", "none-s1"}
     assert states == {n: "failed" if n in failed else "done" for n in states}

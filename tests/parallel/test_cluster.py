@@ -2,7 +2,14 @@
 
 import pytest
 
-from deepseek_jax.parallel.cluster import ADDRESS, COUNT, INDEX, Place, place
+from deepseek_jax.parallel.cluster import (
+    ADDRESS,
+    COUNT,
+    INDEX,
+    Place,
+    initialize,
+    place,
+)
 
 OWN = {ADDRESS: "node1:1234", COUNT: "4", INDEX: "3"}
 STEP = {
@@ -62,3 +69,13 @@ def test_what_is_left_out_is_named():
         rest = {k: v for k, v in OWN.items() if k != name}
         with pytest.raises(ValueError, match=f"{name} is not set"):
             place(rest)
+
+
+@pytest.mark.parametrize(("platforms", "refused"), [("cuda,cpu", True), ("cpu", False)])
+def test_a_gpu_that_is_asked_for_and_not_there(platforms, refused):
+    """JAX alone would train on the CPU and say nothing."""
+    environment = {"JAX_PLATFORMS": platforms}
+    if not refused:
+        return initialize(environment)
+    with pytest.raises(ValueError, match=r"finds no GPU here; install jax\[cuda13\]"):
+        initialize(environment)

@@ -312,21 +312,21 @@ def test_without_remembered_weights_nothing_is_added():
 
 
 @pytest.mark.parametrize(
-    "changed",
+    ("field", "changed"),
     [
-        {"mesh": MeshConfig(data=2)},
-        {
-            "mesh": MeshConfig(pipe=2),
-            "pipeline": PipelineConfig(schedule="1f1b", microbatches=4),
-        },
+        ("mesh.size = 2: must be 1", {"mesh": MeshConfig(data=2)}),
+        (
+            "pipeline.schedule = '1f1b': must be 'none'",
+            {"pipeline": PipelineConfig(schedule="1f1b", microbatches=4)},
+        ),
     ],
 )
-def test_where_histories_are_not_kept_they_are_refused(changed):
-    match = "runtime.fp8.history = 16: .*need one device and no pipeline"
+def test_where_histories_are_not_kept_they_are_refused(field, changed):
+    match = f"{field} with runtime.compute = 'fp8_delayed' and a history of 16 steps"
     with pytest.raises(ValueError, match=match):
         dataclasses.replace(small(runtime=CHOICE), **changed)
 
 
 def test_tiles_have_no_history():
-    with pytest.raises(ValueError, match=r"history = 4: needs .*are 128 and 128; or"):
+    with pytest.raises(ValueError, match=r"tile = 128: must be 0, .* of 4 steps"):
         policy.pieces("fp8_v3", policy.Pieces(history=4))

@@ -54,6 +54,19 @@ def test_a_run_tells_its_kernels_and_may_go_on_with_others(config, tmp_path):
     metadata.check_same(told, {"config": to_dict(other)}, tmp_path)
 
 
+def test_another_precision_is_said():
+    there, here = (
+        to_dict(small(runtime=RuntimeConfig(compute=compute, block=8)))
+        for compute in ("fp8_delayed", "bf16")
+    )
+    assert start.precision_change(there, here) == (
+        "runtime.compute = 'fp8_delayed' before, 'bf16' now"
+    )
+    there["runtime"]["compute"] = "bf16"
+    there["runtime"]["block"] = 16
+    assert start.precision_change(there, here) == ""
+
+
 def test_opening_a_run_leaves_its_folder_alone(config, tmp_path):
     opened = start.open_run(config, tmp_path / "run")
     start.check(opened, tmp_path / "run")
