@@ -387,12 +387,6 @@ def test_bad_settings_of_acceptance(case, speaker, tmp_path, capsys, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_acceptance_needs_modules(tmp_path, capsys):
-    plain = checkpoint(tmp_path / "run", depth=0)
-    code, text = refused(capsys, measuring(plain, tmp_path / "a.json"))
-    assert code == common.BAD_INPUT and "has no MTP modules" in text
-
-
 def test_acceptance_needs_the_corpus_of_the_run(speaker, tmp_path, capsys):
     source = speaker[0].parent / "texts" / "text.jsonl"
     whole = source.read_bytes()
@@ -424,4 +418,4 @@ def test_acceptance_needs_modules_and_a_tokenizer(
     plain = checkpoint(tmp_path / "run", 0, corpus.hash, **groups)
     monkeypatch.setenv("DEEPSEEK_JAX_CACHE", str(corpus.cache))
     code, text = refused(capsys, measuring(plain, tmp_path / "a.json"))
-    assert code == common.BAD_INPUT and "speculation needs MTP modules" in text
+    assert code == common.BAD_INPUT and "has no MTP modules" in text
