@@ -89,6 +89,12 @@ class Standing:
         return tokens / statistics.median(rates) if rates and tokens else None
 
     @property
+    def start_s(self) -> float | None:
+        """Seconds that the run's first step took, most of them to compile."""
+        first = self.run.train[0] if self.run.train else {}
+        return first.get("elapsed_s")
+
+    @property
     def left(self) -> int:
         """Steps to come."""
         return max(0, (self.run.total_steps or 0) - (self.run.steps or 0))
@@ -147,7 +153,12 @@ def eta_s(standings: Sequence[Standing]) -> float | None:
     if not known or not at_once:
         return None
     usual = statistics.mean(known)
-    times = [each.left * (each.step_s or usual) for each in active]
+    begun = [each.start_s for each in standings if each.start_s]
+    to_start = statistics.mean(begun) if begun else 0.0
+    times = [
+        each.left * (each.step_s or usual) + (0.0 if each.run.steps else to_start)
+        for each in active
+    ]
     return max(sum(times) / at_once, max(times))
 
 

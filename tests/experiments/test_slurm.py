@@ -402,14 +402,18 @@ def test_eta_and_silence(spec, tmp_path, commands):
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     config = plan.read(workdir).items[0].config
     tokens = config.data.batch * config.data.length
-    early = [r | {"tokens_per_s": tokens / 3} for r in records if r["step"] <= 5]
+    told = {"tokens_per_s": tokens / 3}
+    early = [
+        r | told | {"elapsed_s": 40 + 3 * r["step"]} for r in records if r["step"] <= 5
+    ]
     metrics.write_text("".join(json.dumps(record) + "\n" for record in early))
     os.utime(metrics, (time.time() - 100,) * 2)
     standings, _ = watch.look(workdir)
     first, second = standings
     assert (first.left, first.step_s) == (3, pytest.approx(3.0))
     assert 99 < first.silent_s < 160 and second.silent_s is None
-    assert watch.eta_s(standings) == pytest.approx(3 * 3 + 8 * 3)
+    # The one that waits has a program to compile, too.
+    assert watch.eta_s(standings) == pytest.approx(3 * 3 + 8 * 3 + 43)
     line = watch.text(standings).splitlines()[1].split()
     assert line[:4] == ["a", "running", "5/8", "0:09"]
 
