@@ -507,7 +507,7 @@ class Config:
             rows % parts == 0,
             "data.batch",
             rows,
-            f"must be a multiple of {name} x the devices a micro-batch has = {parts}",
+            f"must be a multiple of {name} x the mesh's devices / mesh.pipe = {parts}",
         )
         _check(
             rows % mesh.size == 0,

@@ -111,7 +111,7 @@ REFUSED = [
     (
         "data.batch",
         16,
-        "multiple of train.accumulation x the devices a micro-batch has = 6",
+        "multiple of train.accumulation x the mesh's devices / mesh.pipe = 6",
         SIX_PARTS,
     ),
     ("data.batch", 18, "multiple of the mesh's 4 devices", PIPED | {"mesh.pipe": 4}),
