@@ -5,7 +5,7 @@ sequence-wise auxiliary loss, and DeepSeek-V3's recipe of both (arXiv:2412.19437
 section 2.1.2). The effect on balance is large and plain within a minute of training.
 The effect on loss is not: it takes more steps and several seeds (balancing.py).
 
-Cost: 4 runs of 200 steps, about 8 minutes on 2 cores.
+Cost: 4 runs of 100 steps, about 8 minutes on 2 cores.
 
   python -m experiments.sweep --sweep=experiments/sweeps/demo.py --workdir=runs/demo
 
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 CONFIG = "experiments/configs/tiny.py"
-STEPS = 200
+STEPS = 100
 
 SETTINGS: dict[str, dict[str, float]] = {
     "none": {},
@@ -35,8 +35,8 @@ def sweep() -> Iterator[dict[str, Any]]:
             **settings,
             "train.steps": STEPS,
             "train.routing_every": 4,
-            "train.eval_every": 40,
-            "train.checkpoint_every": 100,
+            "train.eval_every": 50,
+            "train.checkpoint_every": 50,
         }
 
 

@@ -1,8 +1,8 @@
 """A killed run, started again by the same command, ends bit for bit like a whole one.
 
 Real processes on the real model, compiled as for use and not as for other tests. They
-share a compilation cache, which saves most of their time, but for one that goes on with
-a program of its own.
+share a compilation cache, which saves most of their time; a slow test goes on with a
+program of its own.
 """
 
 import os
@@ -160,7 +160,16 @@ def test_an_interrupt_saves_and_a_damaged_checkpoint_is_passed_over(
     assert folders.steps(root) == [10, 13]
     largest = max((root / "13").rglob("*"), key=lambda file: file.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
-    code, errors = command(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")
+    code, errors = command(tmp_path)
     assert code == 0, errors
     assert f"{root / '13'} is damaged" in errors and "going on after step 10" in errors
+    assert_same(command, tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_a_program_compiled_anew_goes_on_bit_for_bit(command, whole, tmp_path):
+    code, errors = command(tmp_path, "SIGINT", 12)
+    assert code == 130, errors
+    code, errors = command(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")
+    assert code == 0, errors
     assert_same(command, tmp_path, whole)
