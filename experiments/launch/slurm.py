@@ -11,6 +11,7 @@ so that nothing depends on Slurm's accounting, which may be off.
 import importlib.util
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,12 +139,23 @@ def no_cuda(resources: Resources) -> str:
 def check_idle(workdir: Path) -> None:
     """Refuses a sweep that waits or runs in Slurm, as far as that can be asked.
 
+    Where Slurm does not answer, or is installed without a cluster, that is said; a run
+    that goes on elsewhere keeps its folder locked.
+
     Raises:
       ValueError: as said.
     """
     if not (workdir / script.NAME).exists() or not shutil.which("squeue"):
         return
-    if tasks := queue(workdir):
+    try:
+        tasks = queue(workdir)
+    except NoSlurm as error:
+        print(
+            f"note: not known if the sweep is in Slurm's queue: {error}",
+            file=sys.stderr,
+        )
+        return
+    if tasks:
         raise ValueError(
             f"workdir {workdir}: {len(tasks)} of its runs are in Slurm's queue; wait "
             f"for them, or end them with {common.command('experiments.sweep')} cancel"

@@ -336,6 +336,19 @@ def test_what_is_done_or_in_the_queue_is_not_submitted(
     assert len(plan.read(workdir).items) == 2
 
 
+def test_a_local_sweep_does_not_wait_for_a_slurm_that_is_not_there(
+    spec, tmp_path, commands, capsys
+):
+    workdir = tmp_path / "out"
+    assert command_line(spec, workdir, "--gpus-per-run=0", "--dry-run") == 0
+    commands(squeue="echo 'squeue: error: no controller' >&2; exit 1")
+    slurm.check_idle(workdir)
+    assert capsys.readouterr().err == (
+        "note: not known if the sweep is in Slurm's queue: squeue refuses: "
+        "error: no controller\n"
+    )
+
+
 def statuses(workdir: Path) -> dict[str, tuple[str, str]]:
     return {
         each.run.name: (each.run.status, each.note) for each in watch.look(workdir)[0]
