@@ -133,7 +133,10 @@ def here(items: Sequence[Item], workdir: Path, workers: int) -> str:
             f"product of {SIDE} x {SIDE}"
         )
     seconds = left(items, workdir) / rate
-    return f"time here, a rough guess: {clock(seconds)} for what is left, by {basis}"
+    return (
+        f"time here, a rough guess: {clock(seconds)} for what is left, by {basis}; "
+        "compiling, from half a minute a run on, is not in it"
+    )
 
 
 def on_gpus(flops: float, resources: Resources) -> str:
