@@ -135,7 +135,7 @@ def here(items: Sequence[Item], workdir: Path, workers: int) -> str:
     seconds = left(items, workdir) / rate
     return (
         f"time here, a rough guess: {clock(seconds)} for what is left, by {basis}; "
-        "compiling, from half a minute a run on, is not in it"
+        "compiling, half a minute a program and more, is not in it"
     )
 
 

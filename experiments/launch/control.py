@@ -32,14 +32,15 @@ def cancel(workdir: Path) -> int:
     Raises:
       ValueError: the sweep runs on another machine.
     """
-    tasks = slurm.queue(workdir) if (workdir / script.NAME).exists() else {}
-    if tasks:
+    found = watch.runner(workdir)
+    if not found:
+        tasks = slurm.queue(workdir) if (workdir / script.NAME).exists() else {}
+        if not tasks:
+            print(f"nothing of {workdir} runs or waits")
+            return 0
         slurm.cancel(tasks.values())
         running = sum(task.running for task in tasks.values())
         print(f"{len(tasks)} runs cancelled, of which {running} save and end")
-        return 0
-    if not (found := watch.runner(workdir)):
-        print(f"nothing of {workdir} runs or waits")
         return 0
     host, pid = found
     if host != socket.gethostname():

@@ -139,17 +139,22 @@ def no_cuda(resources: Resources) -> str:
 def check_idle(workdir: Path) -> None:
     """Refuses a sweep that waits or runs in Slurm, as far as that can be asked.
 
-    Where Slurm does not answer, or is installed without a cluster, that is said; a run
-    that goes on elsewhere keeps its folder locked.
+    Slurm may be installed without a cluster: where it does not answer, a sweep whose
+    script alone was written is taken as idle, and that is said.
 
     Raises:
-      ValueError: as said.
+      ValueError: it waits or runs; or it may, as runs of it have been in Slurm before.
     """
     if not (workdir / script.NAME).exists() or not shutil.which("squeue"):
         return
     try:
         tasks = queue(workdir)
     except NoSlurm as error:
+        if any(workdir.glob(f"*/{script.EVENTS}")):
+            raise ValueError(
+                f"workdir {workdir}: runs of it have been in Slurm, which can't be "
+                f"asked whether they still are: {error}"
+            ) from None
         print(
             f"note: not known if the sweep is in Slurm's queue: {error}",
             file=sys.stderr,

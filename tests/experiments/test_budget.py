@@ -62,6 +62,7 @@ def test_a_new_sweep_is_timed_by_a_product(tmp_path, monkeypatch):
     assert f"training: {budget.short(flops)}FLOP in all (6 x active" in said
     expected = budget.clock(flops / (budget.CPU_SHARE * 100e9))
     assert f"rough guess: {expected} for what is left, by 30% of the 100GFLOP/s" in said
+    assert "compiling, half a minute a program and more, is not in it" in said
 
 
 def test_finished_runs_say_how_fast_they_are(tmp_path, monkeypatch):

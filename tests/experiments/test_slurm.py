@@ -5,6 +5,7 @@ Slurm's commands are small scripts on the PATH here; `tests/slurm` has the real 
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from experiments import report, sweep
-from experiments.launch import control, ended, plan, script, slurm, watch
+from experiments.launch import control, ended, local, plan, script, slurm, watch
 from experiments.launch.script import Resources, ranges, seconds
 from tests.analysis import synthetic
 from tests.experiments.test_sweep import ROOT, points
@@ -336,17 +337,30 @@ def test_what_is_done_or_in_the_queue_is_not_submitted(
     assert len(plan.read(workdir).items) == 2
 
 
-def test_a_local_sweep_does_not_wait_for_a_slurm_that_is_not_there(
-    spec, tmp_path, commands, capsys
+def test_a_local_sweep_goes_on_where_slurm_has_no_cluster(
+    spec, tmp_path, commands, capsys, monkeypatch
 ):
-    workdir = tmp_path / "out"
-    assert command_line(spec, workdir, "--gpus-per-run=0", "--dry-run") == 0
+    workdir, told = tmp_path / "out", []
+    dry(spec, workdir)
     commands(squeue="echo 'squeue: error: no controller' >&2; exit 1")
-    slurm.check_idle(workdir)
-    assert capsys.readouterr().err == (
-        "note: not known if the sweep is in Slurm's queue: squeue refuses: "
-        "error: no controller\n"
-    )
+
+    def run(planned, folder, *_, **__):
+        """Told to end while it runs."""
+        found = iter([watch.runner(folder), None])
+        with monkeypatch.context() as patch:
+            patch.setattr(watch, "runner", lambda _: next(found))
+            patch.setattr(os, "kill", lambda *to: told.append(to))
+            assert sweep.main(["cancel", str(folder)]) == 0
+        return 130
+
+    monkeypatch.setattr(local, "run", run)
+    assert sweep.main([f"--sweep={spec}", f"--workdir={workdir}"]) == 130
+    assert told == [(os.getpid(), signal.SIGTERM)]
+    said = capsys.readouterr().err
+    assert "note: not known if the sweep is in Slurm's queue: squeue refuses" in said
+    events(workdir, "a", ("start", 0))
+    with pytest.raises(ValueError, match="runs of it have been in Slurm, which can't"):
+        sweep.main([f"--sweep={spec}", f"--workdir={workdir}"])
 
 
 def statuses(workdir: Path) -> dict[str, tuple[str, str]]:

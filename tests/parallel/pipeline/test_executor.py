@@ -138,7 +138,7 @@ def way(name, shape, keep):
 
 KEEPS = ("inputs", "products")
 WAYS = [(n, shape, k) for n in SCHEDULES for shape in MESHES for k in KEEPS]
-# It takes as long as all the other tests of pipelines together.
+# One alone: each takes as long as all the other tests of pipelines together.
 QUICK = [("dualpipe", "4", "products")]
 ROUNDED = [each for each in WAYS if each[-1] == "inputs"]
 
