@@ -14,7 +14,7 @@ from deepseek_jax.config import (
     RuntimeConfig,
     TrainConfig,
 )
-from deepseek_jax.train.state import assemble, init_state
+from deepseek_jax.train.state import assemble, init_state, shardings
 from deepseek_jax.train.step import compile_step, make_step, micro_batches
 from tests.factory import as_f64, random_batch, small
 
@@ -86,10 +86,10 @@ def test_bf16_compute_stays_near_f32_and_leaves_the_router_alone():
     for compute, seen in losses.items():
         runtime = RuntimeConfig(block=8, compute=compute)
         parts = assemble(dataclasses.replace(base, runtime=runtime))
-        step = make_step(parts)
+        step, start = make_step(parts), jax.device_get(init_state(parts, 0))
         for seed in range(6):
             batch = random_batch(base, seed=seed)
-            state, metrics = step(init_state(parts, 0), batch)
+            state, metrics = step(jax.device_put(start, shardings(parts, start)), batch)
             seen.append(float(metrics["ce"]))
         for leaf in jax.tree.leaves((state.params, state.balance, metrics["bias"])):
             assert leaf.dtype == np.float32
