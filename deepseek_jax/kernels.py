@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.ops.swiglu import swiglu
 from deepseek_jax.precision import recipe as recipes
 from deepseek_jax.precision.fp8_dots import MODELS, Blocks, Gemms, Recipe
-from deepseek_jax.precision.later import Later
+from deepseek_jax.precision.later import Later, now
 from deepseek_jax.precision.quantize import Quantized, Scheme
 from deepseek_jax.typing import Array
 from pallas_kernels.choice import (
@@ -217,7 +218,7 @@ def _made(how: str, split: Split | None) -> Gemms:
 def _over(split: Split, own: Gemms) -> Gemms:
     """Dense products of a mesh, each device multiplying its own rows."""
 
-    def fprop(recipe: Recipe, x: Array, w: Array, _: None) -> tuple[Array, Quantized]:
+    def fprop(recipe: Recipe, x: Any, w: Array, _: None) -> tuple[Array, Quantized]:
         run = functools.partial(own.fprop, recipe, blocks=None)
         return split(run, whole=(1,))(x, w)
 
@@ -232,16 +233,16 @@ def _over(split: Split, own: Gemms) -> Gemms:
     return Gemms(fprop, dgrad, wgrad)
 
 
-def _padded(x: Array, rows_alone: bool = False) -> Array:
-    """x [..., M, N] with zeros up to whole tiles, which change no scale and no sum."""
-    edges = [(0, 0)] * (x.ndim - 2) + [(0, -size % UNIT) for size in x.shape[-2:]]
-    if rows_alone:
-        edges[-1] = (0, 0)
+def _padded(x: Array, axes: tuple[int, ...] = (-2, -1)) -> Array:
+    """x with zeros up to whole tiles, which change no scale and no sum."""
+    edges = [(0, 0)] * x.ndim
+    for axis in axes:
+        edges[axis] = 0, -x.shape[axis] % UNIT
     return jnp.pad(x, edges)
 
 
 def _zeros(
-    recipe: Recipe, x: Array, w: Array, blocks: Blocks | None
+    recipe: Recipe, x: Array | Later, w: Array, blocks: Blocks | None
 ) -> tuple[Array, Quantized]:
     """`Gemms.fprop` of a dry run."""
     scale = jnp.zeros((*x.shape[:-1], -(-x.shape[-1] // UNIT)))
@@ -249,21 +250,25 @@ def _zeros(
     return jnp.zeros((*x.shape[:-1], w.shape[-1])), read
 
 
-def _quantized(x: Array, scheme: Scheme, how: str, turned: bool = False) -> Quantized:
+def _quantized(
+    x: Array | Later, scheme: Scheme, how: str, turned: bool = False
+) -> Quantized:
     """Codes and scales of x, or turned of its transpose: what is summed over is last.
 
-    Turned, a scheme's columns of 128 are tiles.
+    Turned, a scheme's columns of 128 are tiles. SwiGLU's output is not written before.
     """
-    return Quantized(
-        *fp8_quantize.quantize(
-            _padded(x),
-            BLOCK if scheme.block == BLOCK else TILE,
-            power_of_two=scheme.power_of_two,
-            least=scheme.least,
-            turned=turned,
-            implementation=how,
-        )
-    )
+    rule: dict[str, Any] = {
+        "power_of_two": scheme.power_of_two,
+        "least": scheme.least,
+        "turned": turned,
+        "implementation": how,
+    }
+    if isinstance(x, Later) and x.function is swiglu:
+        parts = map(_padded, x.rounded)
+        weights = (_padded(weight, (-1,)) for weight in x.exact)
+        return Quantized(*fp8_quantize.quantize_swiglu(*parts, *weights, **rule))
+    block = BLOCK if scheme.block == BLOCK else TILE
+    return Quantized(*fp8_quantize.quantize(_padded(now(x)), block, **rule))
 
 
 def _multiplied(a: Quantized, b: Quantized, blocks: Blocks | None, how: str) -> Array:
@@ -273,7 +278,7 @@ def _multiplied(a: Quantized, b: Quantized, blocks: Blocks | None, how: str) -> 
 
 
 def _fprop(
-    recipe: Recipe, x: Array, w: Array, blocks: Blocks | None, *, how: str
+    recipe: Recipe, x: Array | Later, w: Array, blocks: Blocks | None, *, how: str
 ) -> tuple[Array, Quantized]:
     rows, depth = x.shape[-2:]
     a = _quantized(x, recipe.x, how)
@@ -294,7 +299,7 @@ def _wgrad(
 ) -> Array:
     if isinstance(x, Quantized):
         again = {"power_of_two": recipe.x_t.power_of_two, "least": recipe.x_t.least}
-        kept = _padded(x.codes), _padded(x.scale, rows_alone=True)
+        kept = _padded(x.codes), _padded(x.scale, (-2,))
         a = Quantized(*fp8_quantize.requantize(*kept, **again, implementation=how))
         depth = x.codes.shape[-1]
     else:

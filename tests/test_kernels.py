@@ -183,10 +183,14 @@ def test_fp8_kernels_multiply_as_the_models_do(name):
     assert_near(own(x, w, g), want, 2e-6)
 
 
-def test_fp8_kernels_multiply_blocks_as_the_models_do():
+@pytest.mark.parametrize("later", [False, True])
+def test_fp8_kernels_multiply_blocks_as_the_models_do(later):
     made = recipe(V3, "experts")
     x, w, g = operands(3, 128, 32, 48)
     expert_n, used = jnp.asarray([0, 1, 1], jnp.int32), jnp.asarray(2)
+    if later:
+        weight_nb = jnp.linspace(0, 1, x[..., 0].size).reshape(x.shape[:2])
+        x = Later(swiglu, (x, x[..., ::-1]), (weight_nb,))
 
     def run(gemms, made, x, w):
         return fp8_grouped_dot(made, x, w, expert_n, used, gemms)

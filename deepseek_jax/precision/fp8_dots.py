@@ -178,7 +178,8 @@ class Gemms(NamedTuple):
     are [n, b, D], [E, D, F] and [n, b, F], and products of blocks i >= used are zeros.
 
     Attributes:
-      fprop: (recipe, x, w, blocks) -> x w, and what was read of x, by `recipe.x`.
+      fprop: (recipe, x, w, blocks) -> x w, and what was read of x, by `recipe.x`; x may
+        not be computed yet (`Later`).
       dgrad: (recipe, g, w, blocks) -> g w^T.
       wgrad: (recipe, x, g, blocks, E) -> x^T g, where x is what `recipe.keep` kept; no
         tile has rows of two blocks.
@@ -220,9 +221,9 @@ def _multiply(
 
 
 def _fprop(
-    recipe: Recipe, x: Array, w: Array, blocks: Blocks | None
+    recipe: Recipe, x: Array | Later, w: Array, blocks: Blocks | None
 ) -> tuple[Array, Quantized]:
-    a = recipe.rows("fprop", x, recipe.x)
+    a = recipe.rows("fprop", now(x), recipe.x)
     b = recipe.operand("fprop", w, recipe.w)
     return _multiply(recipe, "fprop", (a, b), (recipe.x, recipe.w), blocks), a
 
@@ -292,7 +293,7 @@ def _product(
 def _forward(
     recipe: Recipe, gemms: Gemms, x: Array | Later, w: Array, blocks: Blocks | None
 ) -> tuple[Array, tuple[Any, ...]]:
-    y, read = gemms.fprop(recipe, now(x), w, blocks)
+    y, read = gemms.fprop(recipe, x, w, blocks)
     # Maps read norms' outputs, which `jax.checkpoint` had better compute anew. Experts'
     # rows came from afar: what is kept of them saves the way.
     kept = _kept(recipe, x, read, named=blocks is not None)

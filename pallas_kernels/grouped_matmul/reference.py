@@ -150,9 +150,10 @@ def weight_gradient(
     return unrolled(used, len(x_nbD), body, start_EDF).astype(dtype)
 
 
-def gated(gate: Array, up: Array) -> Array:
-    """silu(gate) * up, at least float32."""
-    return jax.nn.silu(gate.astype(wide(gate))) * up.astype(wide(up))
+def gated(gate: Array, up: Array, weight: Array | None = None) -> Array:
+    """silu(gate) * up [..., F], at least f32, times each row's weight [...] if any."""
+    hidden = jax.nn.silu(gate.astype(wide(gate))) * up.astype(wide(up))
+    return hidden if weight is None else hidden * weight[..., None]
 
 
 def swiglu(
