@@ -82,6 +82,7 @@ def grouped_swiglu(
     up_EDF: Array,
     expert_n: Array,
     used: Array,
+    weight_nb: Array | None = None,
     compute_dtype: Any = None,
     *,
     implementation: str | None = None,
@@ -95,6 +96,7 @@ def grouped_swiglu(
     Args:
       x_nbD, expert_n, used, compute_dtype, implementation: as in `grouped_dot`.
       gate_EDF, up_EDF: matrices for each expert.
+      weight_nb: what each row is multiplied by, as its token's routing says.
 
     Returns:
       [n, b, F] in the type that the operands are multiplied in; sums and the gate are
@@ -110,9 +112,14 @@ def grouped_swiglu(
             f"gate and up have shapes {gate_EDF.shape} and {up_EDF.shape}: must be "
             "alike"
         )
+    if weight_nb is not None and weight_nb.shape != x_nbD.shape[:2]:
+        raise ValueError(
+            f"weight_nb has shape {weight_nb.shape}: must be {x_nbD.shape[:2]}"
+        )
     chosen = choice(x_nbD, gate_EDF, compute_dtype, implementation).implementation
+    routing = weight_nb, expert_n, used
     return reference.differentiable_swiglu(
-        x_nbD, gate_EDF, up_EDF, expert_n, used, compute_dtype, PRODUCTS[chosen]
+        x_nbD, gate_EDF, up_EDF, *routing, compute_dtype, PRODUCTS[chosen]
     )
 
 

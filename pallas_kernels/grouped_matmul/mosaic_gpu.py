@@ -10,7 +10,7 @@ blocks of that expert, in whatever order.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,13 +103,15 @@ def blocks(
 ) -> Array:
     """See `reference.Products`."""
     routing = expert_n, used, contract == -1
-    return _blocks(x_nbD, (w_EDF,), *routing, dtype, lambda y: [y], 1, interpret)[0]
+    ending = _Ending(lambda y: [y], 1)
+    return _blocks(x_nbD, (w_EDF,), *routing, dtype, ending, interpret)[0]
 
 
 def swiglu(
     x_nbD: Array,
     gate_EDF: Array,
     up_EDF: Array,
+    weight_nb: Array | None,
     expert_n: Array,
     used: Array,
     keep: bool,
@@ -118,15 +120,29 @@ def swiglu(
 ) -> Sequence[Array]:
     """See `reference.Products`."""
 
-    def ending(gate: Array, up: Array) -> list[Array]:
+    def results(gate: Array, up: Array, *weight: Array) -> list[Array]:
         hidden = gate / (1 + jnp.exp(-gate)) * up
+        for each in weight:
+            hidden = hidden * each
         return [hidden, gate, up] if keep else [hidden]
 
-    routing = expert_n, used, False
-    results = 3 if keep else 1
-    return _blocks(
-        x_nbD, (gate_EDF, up_EDF), *routing, dtype, ending, results, interpret
-    )
+    ending = _Ending(results, 3 if keep else 1, weight_nb)
+    weights = gate_EDF, up_EDF
+    return _blocks(x_nbD, weights, expert_n, used, False, dtype, ending, interpret)
+
+
+class _Ending(NamedTuple):
+    """What becomes of a tile's sums.
+
+    Attributes:
+      results: (*sums, factor if any) -> what is stored.
+      number: of results.
+      factor_nb: a number for each row.
+    """
+
+    results: Callable[..., list[Array]]
+    number: int
+    factor_nb: Array | None = None
 
 
 def _blocks(
@@ -136,11 +152,10 @@ def _blocks(
     used: Array,
     turned: bool,
     dtype: Any,
-    ending: Callable[..., list[Array]],
-    results: int,
+    ending: _Ending,
     interpret: Any,
 ) -> list[Array]:
-    """`ending`, of as many `results`, of each block's products with `weights`."""
+    """`ending` of each block's products with `weights`."""
     shape = x_nbD.shape
     x_nbD, expert_n, used = halved(x_nbD, expert_n, used)
     number, _, depth = x_nbD.shape
@@ -148,10 +163,15 @@ def _blocks(
     columns = weights[0].shape[1 if turned else 2]
     width = width_of(columns, products)
     across = pl.cdiv(columns, width)
+    factors = []
+    if ending.factor_nb is not None:
+        factors.append(ending.factor_nb.reshape(number, gpu.ROWS).astype(jnp.float32))
+    inputs = x_nbD, *weights, *integers(expert_n, used), *factors
 
     def body(*refs: Any) -> None:
         x, *w, expert, used = refs[: products + 3]
-        *out, buffers = refs[products + 3 :]
+        factor_refs = refs[products + 3 : len(inputs)]
+        *out, buffers = refs[len(inputs) :]
 
         def along(step: Array) -> Any:
             return pl.ds(step * DEPTH, DEPTH)
@@ -163,13 +183,20 @@ def _blocks(
             at = (along(step), right(place))
             return ref.at[(expert[place[0]], *(at[::-1] if turned else at))]
 
+        def of_rows(factor: Any, place: Any) -> Array:
+            factor = factor.at[place[0], gpu.rows()]
+            layout = plgpu.Layout.WGMMA.reduce(1)
+            value = plgpu.load(factor, layout=layout, optimized=False)
+            return lax.broadcast_in_dim(value, (len(value), width), [0])
+
         def compute(place: Any, run: Any) -> None:
             def multiply(sum_refs: Any, x_s: Any, *w_s: Any) -> None:
                 for sum_ref, each_s in zip(sum_refs, w_s, strict=True):
                     each_s = each_s.transpose((1, 0)) if turned else each_s
                     plgpu.wgmma(sum_ref, x_s.at[gpu.rows()], each_s)
 
-            values = ending(*summed(run, width, multiply, products))
+            sums = summed(run, width, multiply, products)
+            values = ending.results(*sums, *(of_rows(f, place) for f in factor_refs))
             for value, ref in zip(values, out, strict=True):
                 gpu.store(value, buffers, ref.at[place[0], :, right(place)])
 
@@ -196,12 +223,12 @@ def _blocks(
 
     kernel = gpu.kernel(
         body,
-        [jax.ShapeDtypeStruct((number, gpu.ROWS, columns), dtype)] * results,
+        [jax.ShapeDtypeStruct((number, gpu.ROWS, columns), dtype)] * ending.number,
         number * across,
         scratch=[gpu.store_buffer(dtype)],
         interpret=interpret,
     )
-    made = kernel(x_nbD, *weights, *integers(expert_n, used))
+    made = kernel(*inputs)
     return [y_nbF.reshape(*shape[:2], columns) for y_nbF in made]
 
 

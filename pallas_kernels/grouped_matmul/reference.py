@@ -70,8 +70,9 @@ class Products(NamedTuple):
         its expert's matrix, summed over that one's axis `contract`, in `dtype`.
       weight_gradient: (x_nbD, g_nbF, expert_n, used, experts, dtype) -> the sum of
         x^T g over each expert's used blocks.
-      swiglu: (x_nbD, gate_EDF, up_EDF, expert_n, used, keep, dtype) -> silu(x gate)
-        * (x up) of sums in float32, in `dtype`; with `keep` both products, too.
+      swiglu: (x_nbD, gate_EDF, up_EDF, weight_nb, expert_n, used, keep, dtype) ->
+        silu(x gate) * (x up) of sums in float32, times each row's weight if any, in
+        `dtype`; with `keep` both products, too.
     """
 
     blocks: Callable[..., Array]
@@ -160,6 +161,7 @@ def swiglu(
     x_nbD: Array,
     gate_EDF: Array,
     up_EDF: Array,
+    weight_nb: Array | None,
     expert_n: Array,
     used: Array,
     keep: bool,
@@ -171,7 +173,8 @@ def swiglu(
         for w_EDF in (gate_EDF, up_EDF)
     )
     kept = [gate_nbF, up_nbF] if keep else []
-    return [each.astype(dtype) for each in (gated(gate_nbF, up_nbF), *kept)]
+    hidden_nbF = gated(gate_nbF, up_nbF, weight_nb)
+    return [each.astype(dtype) for each in (hidden_nbF, *kept)]
 
 
 PRODUCTS = Products(blocks, weight_gradient, swiglu)
@@ -207,11 +210,12 @@ def _backward(
 differentiable.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def differentiable_swiglu(
     x_nbD: Array,
     gate_EDF: Array,
     up_EDF: Array,
+    weight_nb: Array | None,
     expert_n: Array,
     used: Array,
     compute_dtype: Any,
@@ -222,41 +226,57 @@ def differentiable_swiglu(
     Kept for the backward pass are both products, rounded as operands are.
     """
     operands = [rounded(x, compute_dtype) for x in (x_nbD, gate_EDF, up_EDF)]
-    return products.swiglu(*operands, expert_n, used, False, operands[0].dtype)[0]
+    weight_nb = _live(weight_nb, used)
+    made = products.swiglu(
+        *operands, weight_nb, expert_n, used, False, operands[0].dtype
+    )
+    return made[0]
+
+
+def _live(weight_nb: Array | None, used: Array) -> Array | None:
+    """Rows' weights without those of unused blocks, which may be anything."""
+    if weight_nb is None:
+        return None
+    return jnp.where(jnp.arange(len(weight_nb))[:, None] < used, weight_nb, 0)
 
 
 def _swiglu_forward(
     x_nbD: Array,
     gate_EDF: Array,
     up_EDF: Array,
+    weight_nb: Array | None,
     expert_n: Array,
     used: Array,
     compute_dtype: Any,
     products: Products,
-) -> tuple[Array, tuple[Array, ...]]:
+) -> tuple[Array, tuple[Any, ...]]:
     given = x_nbD, gate_EDF, up_EDF
     operands = [rounded(x, compute_dtype) for x in given]
-    made = products.swiglu(*operands, expert_n, used, True, operands[0].dtype)
+    routing = _live(weight_nb, used), expert_n, used
+    made = products.swiglu(*operands, *routing, True, operands[0].dtype)
     hidden_nbF, *kept = (checkpoint_name(each, PRODUCT) for each in made)
     types = (jnp.zeros((0,), x.dtype) for x in given)
-    return hidden_nbF, (*operands, expert_n, used, *kept, *types)
+    return hidden_nbF, (*operands, *routing, *kept, *types)
 
 
 def _swiglu_backward(
-    compute_dtype: Any, products: Products, saved: tuple[Array, ...], g_nbF: Array
+    compute_dtype: Any, products: Products, saved: tuple[Any, ...], g_nbF: Array
 ) -> tuple[Array | None, ...]:
-    x_nbD, gate_EDF, up_EDF, expert_n, used, gate_nbF, up_nbF, *types = saved
-    pull = jax.vjp(gated, gate_nbF, up_nbF)[1]
-    both = [g.astype(x_nbD.dtype) for g in pull(g_nbF.astype(wide(g_nbF)))]
+    x_nbD, gate_EDF, up_EDF, weight_nb, expert_n, used, *rest = saved
+    gate_nbF, up_nbF, *types = rest
+    pull = jax.vjp(gated, gate_nbF, up_nbF, weight_nb)[1]
+    *both, dweight_nb = pull(g_nbF.astype(wide(g_nbF)))
+    both = [g.astype(x_nbD.dtype) for g in both]
     dx_nbD, more_nbD = (
         products.blocks(g, w_EDF, expert_n, used, -1, wide(x_nbD))
         for g, w_EDF in zip(both, (gate_EDF, up_EDF), strict=True)
     )
+    dx_nbD = (dx_nbD + more_nbD).astype(types[0].dtype)
     dw = (
         products.weight_gradient(x_nbD, g, expert_n, used, len(gate_EDF), like.dtype)
         for g, like in zip(both, types[1:], strict=True)
     )
-    return (dx_nbD + more_nbD).astype(types[0].dtype), *dw, None, None
+    return dx_nbD, *dw, dweight_nb, None, None
 
 
 differentiable_swiglu.defvjp(_swiglu_forward, _swiglu_backward)

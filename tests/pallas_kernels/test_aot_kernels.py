@@ -83,23 +83,25 @@ def grouped_gate(name):
     n, experts, D, F, _, rows = grouped_shapes.SHAPES["v3"][name]
     weights = (shaped(experts, D, F, dtype=BF16),) * 2
     run = functools.partial(grouped.grouped_swiglu, implementation=MOSAIC_GPU)
-    return Case(run, (shaped(n, rows, D, dtype=BF16), *weights, *routing(n)))
+    x = shaped(n, rows, D, dtype=BF16)
+    return Case(run, (x, *weights, *routing(n), shaped(n, rows)))
 
 
 def grouped_gate_with_gradients(name):
     n, experts, D, F, _, rows = grouped_shapes.SHAPES["v3"][name]
 
-    def run(x, gate, up, g, expert_n, used):
-        def hidden(x, gate, up):
+    def run(x, gate, up, weight, g, expert_n, used):
+        def hidden(x, gate, up, weight):
             return grouped.grouped_swiglu(
-                x, gate, up, expert_n, used, BF16, implementation=MOSAIC_GPU
+                x, gate, up, expert_n, used, weight, BF16, implementation=MOSAIC_GPU
             )
 
-        value, pull = jax.vjp(hidden, x, gate, up)
+        value, pull = jax.vjp(hidden, x, gate, up, weight)
         return value, pull(g)
 
-    g, weights = shaped(n, rows, F, dtype=BF16), (shaped(experts, D, F),) * 2
-    operands = shaped(n, rows, D, dtype=BF16), *weights, g
+    x, g = shaped(n, rows, D, dtype=BF16), shaped(n, rows, F, dtype=BF16)
+    weights = (shaped(experts, D, F),) * 2
+    operands = x, *weights, shaped(n, rows), g
     return Case(run, (*operands, *routing(n)), kernels=5)
 
 

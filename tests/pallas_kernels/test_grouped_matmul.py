@@ -191,6 +191,21 @@ def swiglu_in_float32(x, gate, up, *routing):
     return jax.nn.silu(gate) * up
 
 
+def weighted_inputs(key, shape):
+    """As `swiglu_inputs`, with a weight for each row."""
+    inputs = swiglu_inputs(key, shape)
+    weight = jax.random.uniform(jax.random.key(8), inputs[0].shape[:2])
+    return *inputs[:3], weight, *inputs[3:]
+
+
+def weighted(x, gate, up, weight, expert_n, used, **options):
+    return api.grouped_swiglu(x, gate, up, expert_n, used, weight, **options)
+
+
+def weighted_in_float32(x, gate, up, weight, *routing):
+    return swiglu_in_float32(x, gate, up, *routing) * weight[..., None]
+
+
 # Results, what is kept of the products and their gradients are rounded to bfloat16.
 SWIGLU = Suite(
     operation=api.grouped_swiglu,
@@ -200,13 +215,21 @@ SWIGLU = Suite(
     bound=5e-3,
     differentiable=(0, 1, 2),
 )
+WEIGHTED = dataclasses.replace(
+    SWIGLU,
+    operation=weighted,
+    oracle=weighted_in_float32,
+    inputs=weighted_inputs,
+    differentiable=(0, 1, 2, 3),
+)
 
 
+@pytest.mark.parametrize("suite", [SWIGLU, WEIGHTED], ids=["plain", "weighted"])
 @pytest.mark.parametrize("shape", ["ragged", "tall blocks", "none used"])
 @pytest.mark.parametrize("implementation", [XLA, KERNEL])
-def test_swiglu_and_its_gradients_are_the_oracle_s(implementation, shape):
-    SWIGLU.check_values(implementation, shape)
-    SWIGLU.check_gradients(implementation, shape, seed=1)
+def test_swiglu_and_its_gradients_are_the_oracle_s(implementation, shape, suite):
+    suite.check_values(implementation, shape)
+    suite.check_gradients(implementation, shape, seed=1)
 
 
 def test_swiglu_is_rounded_once():
@@ -258,6 +281,8 @@ def test_shapes_that_do_not_fit_are_refused():
         api.grouped_dot(x, w.swapaxes(1, 2), expert_n, 1)
     with pytest.raises(ValueError, match=r"gate and up.*\(3, 8, 16\) and \(3, 8, 9\)"):
         api.grouped_swiglu(x, w, w[..., :9], expert_n, 1)
+    with pytest.raises(ValueError, match=r"weight_nb.*\(2, 8\): must be \(2, 128\)"):
+        api.grouped_swiglu(x, w, w, expert_n, 1, jnp.ones((2, 8)))
     with pytest.raises(ValueError, match=r"\(3,\) and \(\): must be \(2,\)"):
         api.grouped_dot(x, w, jnp.zeros(3, int), 1)
     with pytest.raises(ValueError, match=r"must be \(2,\) and \(\)"):
