@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.ops import dispatch
 from deepseek_jax.ops.swiglu import swiglu
 from deepseek_jax.precision import recipe as recipes
 from deepseek_jax.precision.fp8_dots import MODELS, Blocks, Gemms, Recipe
@@ -128,6 +129,39 @@ def grouped_dot(
         return jnp.zeros((*x_nbD.shape[:2], w_EDF.shape[-1]))
     return grouped_matmul.grouped_dot(
         x_nbD, w_EDF, expert_n, used, compute_dtype, implementation=how
+    )
+
+
+def experts_hidden(
+    x_nbD: Array,
+    gate_EDF: Array,
+    up_EDF: Array,
+    weight_nb: Array | None,
+    expert_n: Array,
+    used: Array,
+    grouped_dot: Callable[..., Array],
+    *,
+    otherwise: dispatch.Hidden,
+    compute_dtype: Any = None,
+    implementation: str | None = None,
+) -> Array | Later:
+    """A `dispatch.Hidden` by `grouped_swiglu`, whose kernel writes no sums in float32.
+
+    Args:
+      otherwise: what computes it where there is no kernel.
+    """
+    how = _decide(
+        "grouped_swiglu",
+        lambda: grouped_matmul.choice(x_nbD, gate_EDF, compute_dtype, implementation),
+        implementation,
+    )
+    if how == DRY:
+        return jnp.zeros((*x_nbD.shape[:2], gate_EDF.shape[-1]))
+    operands = x_nbD, gate_EDF, up_EDF
+    if how == XLA:
+        return otherwise(*operands, weight_nb, expert_n, used, grouped_dot)
+    return grouped_matmul.grouped_swiglu(
+        *operands, expert_n, used, weight_nb, compute_dtype, implementation=how
     )
 
 

@@ -18,7 +18,7 @@ from deepseek_jax import kernels
 from deepseek_jax.config import AUTO, RuntimeConfig
 from deepseek_jax.kernels import dry_run as dry_run
 from deepseek_jax.kernels import on_hopper as on_hopper
-from deepseek_jax.ops.dispatch import experts_by_size, experts_dense
+from deepseek_jax.ops import dispatch
 from deepseek_jax.ops.swiglu import swiglu, swiglu_later
 from deepseek_jax.precision import policy, recipe
 from deepseek_jax.precision.dots import dot_bf16, dot_f32, dot_plain, linear
@@ -167,7 +167,7 @@ def together(
     return function
 
 
-DENSE = functools.partial(at_home, experts=experts_dense)
+DENSE = functools.partial(at_home, experts=dispatch.experts_dense)
 
 
 @dataclass(frozen=True)
@@ -246,13 +246,21 @@ def build(config: RuntimeConfig, rows: Rows | None = None) -> Runtime:
             "chunked": functools.partial(chunked, keep=keep),
         }
         own_remat = recipe.REMAT
-    # Where a matrix has one scale, gate and up are two.
-    joined = not pieces or bool(pieces.block)
+    apart, joined = (
+        functools.partial(first, swiglu=rt.swiglu)
+        for first in (dispatch.apart, dispatch.joined)
+    )
+    if not pieces:
+        of_blocks = functools.partial(kernels.experts_hidden, **by, otherwise=joined)
+    else:  # where a matrix has one scale, gate and up are two
+        of_blocks = joined if pieces.block else apart
     experts: dict[str, Callable[..., Array]] = {
-        "dense": experts_dense,
-        "blocks": functools.partial(experts_by_size, block=config.block, joined=joined),
+        "dense": dispatch.experts_dense,
+        "blocks": functools.partial(
+            dispatch.experts_by_size, block=config.block, of_blocks=of_blocks
+        ),
     }
-    chosen = functools.partial(experts[config.experts], swiglu=rt.swiglu)
+    chosen = functools.partial(experts[config.experts], hidden=apart)
     return replace(
         rt,
         attention=attentions[config.attention],

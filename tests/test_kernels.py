@@ -126,7 +126,7 @@ def test_a_block_with_kernels_computes_what_one_without_does():
         with kernels.dry_run() as notes:
             results(choice, lambda run: functools.partial(jax.eval_shape, run))
         assert {each.implementation for each in notes.values()} == {name}
-        assert set(notes) == {"attention", "grouped_dot"}
+        assert set(notes) == {"attention", "grouped_dot", "grouped_swiglu"}
     (y, grads), (own_y, own_grads) = found[XLA], found[INTERPRET]
     assert testing.distance(own_y, y) <= 3e-3
     paths = jax.tree_util.tree_leaves_with_path(grads)

@@ -25,6 +25,9 @@ from deepseek_jax.typing import Array, at_least_f32
 
 GroupedDot = Callable[..., Array]
 Activation = Callable[..., Array | Later]
+# (x_nbD, gate_EDF, up_EDF, weight_nb, expert_n, used, grouped_dot) -> what experts'
+# down-projections multiply: [n, b, F].
+Hidden = Callable[..., Array | Later]
 
 FEW_SLOTS = 64  # where reading an expert's weights again costs what sorting costs
 
@@ -130,6 +133,42 @@ def _sum_backward(placed: Layout, g_TD: Array) -> tuple[Array, None]:
 sum_rows.defvjp(_sum_forward, _sum_backward)
 
 
+def apart(
+    x_nbD: Array,
+    gate_EDF: Array,
+    up_EDF: Array,
+    weight_nb: Array | None,
+    expert_n: Array,
+    used: Array,
+    grouped_dot: GroupedDot,
+    *,
+    swiglu: Activation = swiglu,
+) -> Array | Later:
+    """A `Hidden` of two products."""
+    gate_nbF, up_nbF = (
+        at_least_f32(grouped_dot(x_nbD, w_EDF, expert_n, used))
+        for w_EDF in (gate_EDF, up_EDF)
+    )
+    return swiglu(gate_nbF, up_nbF, weight_nb)
+
+
+def joined(
+    x_nbD: Array,
+    gate_EDF: Array,
+    up_EDF: Array,
+    weight_nb: Array | None,
+    expert_n: Array,
+    used: Array,
+    grouped_dot: GroupedDot,
+    *,
+    swiglu: Activation = swiglu,
+) -> Array | Later:
+    """A `Hidden` of one product, for which matrices are copied together."""
+    both_EDF = jnp.concatenate([gate_EDF, up_EDF], -1)
+    both_nbF = at_least_f32(grouped_dot(x_nbD, both_EDF, expert_n, used))
+    return swiglu(*jnp.split(both_nbF, 2, -1), weight_nb)
+
+
 def experts_blocks(
     x_TD: Array,
     weights_TK: Array,
@@ -141,8 +180,7 @@ def experts_blocks(
     grouped_dot: GroupedDot,
     most: int | None = None,
     block: int = 128,
-    joined: bool = True,
-    swiglu: Activation = swiglu,
+    hidden: Hidden = joined,
 ) -> Array:
     """sum_k weights_TK[:, k] * SwiGLU of expert experts_TK[:, k]: [T, D], dropless.
 
@@ -151,24 +189,14 @@ def experts_blocks(
       grouped_dot: the Runtime's.
       most: the number of slots that go somewhere, at most; None: all may.
       block: rows a block; larger ones waste more padding and loop less often.
-      joined: gate and up in one product, for which all experts' are copied together.
-      swiglu: the Runtime's.
+      hidden: how an expert's first half is computed.
     """
     placed = layout(experts_TK, len(gate_EDF), block, most)
+    routing = placed.expert_n, placed.used
     x_nbD = take_rows(x_TD, placed)
-
-    def to_hidden(w_EDF: Array) -> Array:
-        return at_least_f32(grouped_dot(x_nbD, w_EDF, placed.expert_n, placed.used))
-
-    if joined:
-        gate_up = to_hidden(jnp.concatenate([gate_EDF, up_EDF], -1))
-        gate_nbF, up_nbF = jnp.split(gate_up, 2, -1)
-    else:
-        gate_nbF, up_nbF = to_hidden(gate_EDF), to_hidden(up_EDF)
     weight_nb = _row_weights(weights_TK, placed)
-    hidden_nbF = swiglu(gate_nbF, up_nbF, weight_nb)
-    y_nbD = grouped_dot(hidden_nbF, down_EFD, placed.expert_n, placed.used)
-    return sum_rows(y_nbD, placed)
+    hidden_nbF = hidden(x_nbD, gate_EDF, up_EDF, weight_nb, *routing, grouped_dot)
+    return sum_rows(grouped_dot(hidden_nbF, down_EFD, *routing), placed)
 
 
 @jax.custom_vjp
@@ -200,15 +228,14 @@ def experts_few(
     *,
     grouped_dot: GroupedDot,
     most: int | None = None,
-    swiglu: Activation = swiglu,
+    hidden: Hidden = apart,
 ) -> Array:
     """What `experts_blocks` computes, one row at a time."""
-    expert_M, used = experts_TK.reshape(-1), jnp.asarray(experts_TK.size)
+    routing = experts_TK.reshape(-1), jnp.asarray(experts_TK.size)
     x_M1D = jnp.repeat(x_TD, experts_TK.shape[1], axis=0)[:, None]
-    gate_M1F = at_least_f32(grouped_dot(x_M1D, gate_EDF, expert_M, used))
-    up_M1F = at_least_f32(grouped_dot(x_M1D, up_EDF, expert_M, used))
-    hidden_M1F = swiglu(gate_M1F, up_M1F, weights_TK.reshape(-1, 1))
-    y_M1D = grouped_dot(hidden_M1F, down_EFD, expert_M, used)
+    weight_M1 = weights_TK.reshape(-1, 1)
+    hidden_M1F = hidden(x_M1D, gate_EDF, up_EDF, weight_M1, *routing, grouped_dot)
+    y_M1D = grouped_dot(hidden_M1F, down_EFD, *routing)
     return y_M1D.reshape(*experts_TK.shape, -1).sum(1)
 
 
@@ -223,25 +250,22 @@ def experts_by_size(
     grouped_dot: GroupedDot,
     most: int | None = None,
     block: int = 128,
-    joined: bool = True,
-    swiglu: Activation = swiglu,
+    hidden: Hidden = apart,
+    of_blocks: Hidden = joined,
 ) -> Array:
     """`experts_few` up to FEW_SLOTS slots, `experts_blocks` beyond.
 
-    Blocks have `block` rows, or as many as hold an expert's even share of the slots if
-    that power of two is smaller; then copying the experts would not pay, `joined` or
-    not.
+    Blocks have `block` rows, and `of_blocks` computes an expert's first half; or as
+    many as hold an expert's even share of the slots if that power of two is smaller.
+    Then copying the experts would not pay.
     """
     share = -(-(most or experts_TK.size) // len(gate_EDF))
     rows = min(block, 1 << (share - 1).bit_length())
-    few = experts_TK.size <= FEW_SLOTS
-    experts = (
-        experts_few
-        if few
-        else functools.partial(
-            experts_blocks, block=rows, joined=joined and rows == block
-        )
-    )
+    if experts_TK.size <= FEW_SLOTS:
+        experts: Callable[..., Array] = experts_few
+    else:
+        experts = functools.partial(experts_blocks, block=rows)
+        hidden = of_blocks if rows == block else hidden
     return experts(
         x_TD,
         weights_TK,
@@ -251,7 +275,7 @@ def experts_by_size(
         down_EFD,
         grouped_dot=grouped_dot,
         most=most,
-        swiglu=swiglu,
+        hidden=hidden,
     )
 
 
@@ -265,16 +289,15 @@ def experts_dense(
     *,
     grouped_dot: GroupedDot,
     most: int | None = None,
-    swiglu: Activation = swiglu,
+    hidden: Hidden = apart,
 ) -> Array:
     """The oracle: every expert on every token, as E blocks of T rows."""
     num_experts = len(gate_EDF)
     everyone_n = jnp.arange(num_experts, dtype=jnp.int32)
-    used = jnp.asarray(num_experts)
+    routing = everyone_n, jnp.asarray(num_experts)
     x_ETD = jnp.broadcast_to(x_TD, (num_experts, *x_TD.shape))
-    gate_ETF = at_least_f32(grouped_dot(x_ETD, gate_EDF, everyone_n, used))
-    up_ETF = at_least_f32(grouped_dot(x_ETD, up_EDF, everyone_n, used))
-    y_ETD = grouped_dot(swiglu(gate_ETF, up_ETF), down_EFD, everyone_n, used)
+    hidden_ETF = hidden(x_ETD, gate_EDF, up_EDF, None, *routing, grouped_dot)
+    y_ETD = grouped_dot(hidden_ETF, down_EFD, *routing)
     hit_TKE = experts_TK[..., None] == everyone_n
     weight_TE = jnp.where(hit_TKE, weights_TK[..., None], 0).sum(1)
     highest = jax.lax.Precision.HIGHEST

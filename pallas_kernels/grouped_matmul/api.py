@@ -91,7 +91,7 @@ def grouped_swiglu(
 
     The two products that an expert begins with, of which only their gated product is
     written: what the down-projection multiplies. A backward pass has both kept as well,
-    in the operands' type, where two `grouped_dot`s would keep them in float32.
+    in float32, as two `grouped_dot`s would.
 
     Args:
       x_nbD, expert_n, used, compute_dtype, implementation: as in `grouped_dot`.

@@ -103,8 +103,8 @@ def blocks(
 ) -> Array:
     """See `reference.Products`."""
     routing = expert_n, used, contract == -1
-    ending = _Ending(lambda y: [y], 1)
-    return _blocks(x_nbD, (w_EDF,), *routing, dtype, ending, interpret)[0]
+    ending = _Ending(lambda y: [y], (dtype,))
+    return _blocks(x_nbD, (w_EDF,), *routing, ending, interpret)[0]
 
 
 def swiglu(
@@ -126,9 +126,10 @@ def swiglu(
             hidden = hidden * each
         return [hidden, gate, up] if keep else [hidden]
 
-    ending = _Ending(results, 3 if keep else 1, weight_nb)
+    kept = (jnp.float32, jnp.float32) if keep else ()
+    ending = _Ending(results, (dtype, *kept), weight_nb)
     weights = gate_EDF, up_EDF
-    return _blocks(x_nbD, weights, expert_n, used, False, dtype, ending, interpret)
+    return _blocks(x_nbD, weights, expert_n, used, False, ending, interpret)
 
 
 class _Ending(NamedTuple):
@@ -136,12 +137,12 @@ class _Ending(NamedTuple):
 
     Attributes:
       results: (*sums, factor if any) -> what is stored.
-      number: of results.
+      dtypes: of these.
       factor_nb: a number for each row.
     """
 
     results: Callable[..., list[Array]]
-    number: int
+    dtypes: tuple[Any, ...]
     factor_nb: Array | None = None
 
 
@@ -151,7 +152,6 @@ def _blocks(
     expert_n: Array,
     used: Array,
     turned: bool,
-    dtype: Any,
     ending: _Ending,
     interpret: Any,
 ) -> list[Array]:
@@ -167,11 +167,17 @@ def _blocks(
     if ending.factor_nb is not None:
         factors.append(ending.factor_nb.reshape(number, gpu.ROWS).astype(jnp.float32))
     inputs = x_nbD, *weights, *integers(expert_n, used), *factors
+    out = [
+        jax.ShapeDtypeStruct((number, gpu.ROWS, columns), jnp.dtype(dtype))
+        for dtype in ending.dtypes
+    ]
+    kinds = sorted({each.dtype for each in out}, key=str)
 
     def body(*refs: Any) -> None:
         x, *w, expert, used = refs[: products + 3]
         factor_refs = refs[products + 3 : len(inputs)]
-        *out, buffers = refs[len(inputs) :]
+        made = refs[len(inputs) : len(inputs) + len(out)]
+        buffers = dict(zip(kinds, refs[len(inputs) + len(out) :], strict=True))
 
         def along(step: Array) -> Any:
             return pl.ds(step * DEPTH, DEPTH)
@@ -197,8 +203,9 @@ def _blocks(
 
             sums = summed(run, width, multiply, products)
             values = ending.results(*sums, *(of_rows(f, place) for f in factor_refs))
-            for value, ref in zip(values, out, strict=True):
-                gpu.store(value, buffers, ref.at[place[0], :, right(place)])
+            for value, ref in zip(values, made, strict=True):
+                at = ref.at[place[0], :, right(place)]
+                gpu.store(value, buffers[ref.dtype], at)
 
         tile = (width, DEPTH) if turned else (DEPTH, width)
         operands = [
@@ -223,9 +230,9 @@ def _blocks(
 
     kernel = gpu.kernel(
         body,
-        [jax.ShapeDtypeStruct((number, gpu.ROWS, columns), dtype)] * ending.number,
+        out,
         number * across,
-        scratch=[gpu.store_buffer(dtype)],
+        scratch=[gpu.store_buffer(dtype, len(kinds)) for dtype in kinds],
         interpret=interpret,
     )
     made = kernel(*inputs)

@@ -72,7 +72,7 @@ class Products(NamedTuple):
         x^T g over each expert's used blocks.
       swiglu: (x_nbD, gate_EDF, up_EDF, weight_nb, expert_n, used, keep, dtype) ->
         silu(x gate) * (x up) of sums in float32, times each row's weight if any, in
-        `dtype`; with `keep` both products, too.
+        `dtype`; with `keep` both products, too, as they were summed.
     """
 
     blocks: Callable[..., Array]
@@ -173,8 +173,7 @@ def swiglu(
         for w_EDF in (gate_EDF, up_EDF)
     )
     kept = [gate_nbF, up_nbF] if keep else []
-    hidden_nbF = gated(gate_nbF, up_nbF, weight_nb)
-    return [each.astype(dtype) for each in (hidden_nbF, *kept)]
+    return [gated(gate_nbF, up_nbF, weight_nb).astype(dtype), *kept]
 
 
 PRODUCTS = Products(blocks, weight_gradient, swiglu)
@@ -223,7 +222,7 @@ def differentiable_swiglu(
 ) -> Array:
     """`grouped_swiglu` by any products; reverse mode only.
 
-    Kept for the backward pass are both products, rounded as operands are.
+    Kept for the backward pass are both products, as they were summed.
     """
     operands = [rounded(x, compute_dtype) for x in (x_nbD, gate_EDF, up_EDF)]
     weight_nb = _live(weight_nb, used)

@@ -192,9 +192,14 @@ def _compute(
     plgpu.wait_smem_to_gmem(0)
 
 
-def store_buffer(dtype: Any) -> Any:
-    """Shared memory for `store`: a swizzled stripe of columns for each warpgroup."""
-    shape = (COMPUTE, ROWS // COMPUTE, STRIPE // jnp.dtype(dtype).itemsize)
+def store_buffer(dtype: Any, sharing: int = 1) -> Any:
+    """Shared memory for `store`: a swizzled stripe of columns for each warpgroup.
+
+    Args:
+      sharing: how many buffers have the room of one.
+    """
+    width = STRIPE // sharing // jnp.dtype(dtype).itemsize
+    shape = (COMPUTE, ROWS // COMPUTE, width)
     return plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype))
 
 

@@ -174,7 +174,7 @@ def test_blocks_agree_with_the_oracle(routing, block):
     assert_agree(actual, exact(routing), 1e-13)
 
 
-separate = functools.partial(experts_blocks, joined=False)
+separate = functools.partial(experts_blocks, hidden=dispatch.apart)
 WAYS = [experts_dense, experts_blocks, separate, experts_few]
 
 
@@ -187,26 +187,31 @@ def test_experts_and_grouped_dots_go_together(experts, product):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "used", "rows"),
+    ("tokens", "used", "rows", "hidden"),
     [
-        (1, "experts_few", None),
-        (32, "experts_few", None),
-        (33, "experts_blocks", 16),
-        (100, "experts_blocks", 32),
+        (1, "experts_few", None, dispatch.apart),
+        (32, "experts_few", None, dispatch.apart),
+        (33, "experts_blocks", 16, dispatch.apart),
+        (256, "experts_blocks", 64, dispatch.apart),
+        (257, "experts_blocks", 128, dispatch.joined),
     ],
 )
-def test_the_layout_follows_the_number_of_slots(tokens, used, rows, monkeypatch):
+def test_the_layout_follows_the_number_of_slots(
+    tokens, used, rows, hidden, monkeypatch
+):
     """Two of eight experts a token: 64 slots are few, and blocks hold even shares."""
     called = []
 
     def watch(name):
-        return lambda *args, **kwargs: called.append((name, kwargs.get("block")))
+        return lambda *args, hidden, block=None, **_: called.append(
+            (name, block, hidden)
+        )
 
     for name in ("experts_few", "experts_blocks"):
         monkeypatch.setattr(dispatch, name, watch(name))
     slots, gate = jnp.zeros((tokens, 2)), jnp.zeros((8, 1, 1))
     experts_by_size(slots, slots, slots, gate, gate, gate, grouped_dot=grouped_dot)
-    assert called == [(used, rows)]
+    assert called == [(used, rows, hidden)]
 
 
 @pytest.mark.parametrize("experts", [experts_dense, experts_blocks, experts_few])

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 
 import jax
+import pytest
 
 from benchmarks.aot_h100 import shapes
 from deepseek_jax import presets
@@ -30,8 +31,11 @@ from pallas_kernels.choice import MOSAIC_GPU
 
 FLASH = "flash_mla_forward", "flash_mla_queries", "flash_mla_keys"
 MAPS = "q_a", "q_b", "kv_a", "kv_b", "o", "gate", "up", "down"
-TOTALS = {"bf16": {"attention", "grouped_dot"}}
-TOTALS["fp8_v3"] = TOTALS["bf16"] | {f"linear {name}" for name in MAPS}
+ALWAYS = {"attention", "grouped_dot"}
+TOTALS = {
+    "bf16": ALWAYS | {"grouped_swiglu"},
+    "fp8_v3": ALWAYS | {f"linear {name}" for name in MAPS},
+}
 
 
 def config(compute: str, **changes) -> Config:
@@ -67,14 +71,14 @@ def number(calls: Counter, *parts: str) -> int:
 
 
 def check(calls: Counter, reports: list[testing.Report]) -> None:
-    """Attention of both stacks, forward and backward, and experts' six products.
+    """Attention of both stacks, forward and backward, and experts' eight products.
 
     XLA may have a kernel twice in a program.
     """
     for name in FLASH:
         for stack in ("/dense/", "/moe/"):
             assert number(calls, stack, "/core/", name) >= 1
-    assert number(calls, "/experts/") >= 6
+    assert number(calls, "/experts/") >= 8
     for report in reports:
         testing.assert_hopper(report, ("tma", "mbarrier"))
     assert sum("wgmma" in report.ptx for report in reports) >= len(FLASH) + 3
@@ -86,9 +90,12 @@ def test_in_bf16(h100s):
     assert number(calls) == number(calls, "/core/") + number(calls, "/experts/")
 
 
-def test_in_fp8(h100s):
-    calls, reports = compiled(config("fp8_v3"), h100s[:1])
+@pytest.mark.parametrize("cards", [1, 2])
+def test_in_fp8(h100s, cards):
+    mesh = MeshConfig(data=cards)
+    calls, reports = compiled(config("fp8_v3", mesh=mesh), h100s[:cards])
     check(calls, reports)
+    assert not cards > 1 or number(calls, "shard_map") == number(calls)
     # Fprop, Dgrad and Wgrad of each map: two operands are quantised, then multiplied.
     for name in MAPS:
         for stack in ("/dense/", "/moe/"):

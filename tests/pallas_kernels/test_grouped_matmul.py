@@ -206,7 +206,7 @@ def weighted_in_float32(x, gate, up, weight, *routing):
     return swiglu_in_float32(x, gate, up, *routing) * weight[..., None]
 
 
-# Results, what is kept of the products and their gradients are rounded to bfloat16.
+# Results and gradients of sums are rounded to bfloat16.
 SWIGLU = Suite(
     operation=api.grouped_swiglu,
     oracle=swiglu_in_float32,
