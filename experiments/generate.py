@@ -9,6 +9,11 @@ ends a sample. --speculative lets the MTP modules draft, which changes the speed
 neither greedy output (but where two tokens are equally likely within rounding) nor the
 distribution of samples. Everything is computed in float32.
 
+On a Hopper GPU --compute=bf16 --cache-dtype=bf16 is the fast way: products are of
+bfloat16 numbers, and attention over the cache is a kernel (with --page, pages of whole
+64 tokens). Elsewhere they only round. The first lines on stderr say what is taken.
+Tokens within rounding of each other may then change places.
+
 --mesh spreads the model's experts over all devices, and the samples too, of which each
 device then makes as many (JAX_NUM_CPU_DEVICES=n in the environment simulates n devices
 on a CPU). With --replicas there are P places for experts: the busiest by the loads of
@@ -27,6 +32,7 @@ stopped}], tokens_per_s, tokens_per_step, acceptance, speed: {step_s, plain_step
 speed_up}, mesh: {axes, devices, experts, places, step, load_before, load_after}, ...};
 log_probs are the model's own, before temperature and other rules; loads are the busiest
 device's over the mean, on average over layers, by the evaluation after that step.
+`attention` is {implementation, reason} of attention over the cache.
 """
 
 import argparse
@@ -37,11 +43,12 @@ from typing import Any
 
 import deepseek_jax
 from deepseek_jax.checkpoint import folders, manager, metadata
-from deepseek_jax.config import Config
+from deepseek_jax.config import Config, RuntimeConfig
 from deepseek_jax.decode import engine, forward, request, speculative, speed
 from deepseek_jax.decode.cache import DTYPES
 from deepseek_jax.decode.sampling import Sampling, sampling
 from deepseek_jax.eval import logits
+from deepseek_jax.runtime import Choice
 from deepseek_jax.tokenizer import Tokenizer
 from experiments import common, spread
 
@@ -87,6 +94,12 @@ def parser() -> argparse.ArgumentParser:
         "--no-compare",
         action="store_true",
         help="don't time plain decoding for the speed-up",
+    )
+    found.add_argument(
+        "--compute",
+        choices=("f32", "bf16"),
+        default="f32",
+        help="what products multiply (default f32)",
     )
     found.add_argument(
         "--cache-dtype", choices=tuple(DTYPES), default="f32", help="(default f32)"
@@ -168,6 +181,7 @@ def announce(
     config: Config,
     longest: int,
     plan: spread.Plan | None,
+    attention: Choice,
 ) -> None:
     """Says on stderr what takes time, and if positions come that training never had.
 
@@ -184,6 +198,10 @@ def announce(
     if not options.json:
         if plan:
             print(spread.line(plan.about), file=sys.stderr)
+        if options.compute != "f32":
+            why = f" ({attention.reason})" if attention.reason else ""
+            named = f"attention over the cache: {attention.implementation}{why}"
+            print(named, file=sys.stderr)
         print("compiling", file=sys.stderr)
 
 
@@ -253,7 +271,8 @@ def generate(options: argparse.Namespace, text: str, rule: Sampling) -> dict[str
         raise ValueError(
             f"--checkpoint {options.checkpoint}: has no tokenizer, which text needs"
         )
-    model, rope = logits.build(config), config.model.attention.rope
+    model = logits.build(config, RuntimeConfig(compute=options.compute))
+    rope = config.model.attention.rope
     depth = drafts(options, config.model.mtp.depth)
     prompts = [[tokenizer.bos_id, *tokenizer.encode(text)]] * options.n
     context = int(rope.original_length * rope.factor)
@@ -263,11 +282,12 @@ def generate(options: argparse.Namespace, text: str, rule: Sampling) -> dict[str
     del params  # or they would be held twice
     if plan:
         model, weights = spread.carry_out(plan, model, weights)
-    announce(options, config, len(prompts[0]) + options.max_tokens, plan)
+    dtype = DTYPES[options.cache_dtype]
+    attention = engine.attention(model, dtype, options.page)
+    announce(options, config, len(prompts[0]) + options.max_tokens, plan, attention)
     stream = None if options.json or options.n > 1 else Stream(tokenizer)
     if stream:
         print(text, end="", flush=True)
-    dtype = DTYPES[options.cache_dtype]
     how: dict[str, Any] = {"rule": rule, "dtype": dtype, "page": options.page}
     report = engine.generate(
         model,
@@ -290,7 +310,8 @@ def generate(options: argparse.Namespace, text: str, rule: Sampling) -> dict[str
         gain = speed.compare(model, weights, prompts, report, **how)
     per_token = engine.bytes_per_token(config.model, depth, dtype)
     found = result(report, gain, text, tokenizer, per_token)
-    return {**found, "mesh": plan.about if plan else None}
+    mesh = plan.about if plan else None
+    return {**found, "mesh": mesh, "attention": attention._asdict()}
 
 
 def main(arguments: list[str]) -> None:

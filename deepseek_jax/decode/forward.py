@@ -84,7 +84,7 @@ def attend_absorbed(
     The products with W_UK and W_UV are one for each head, which `Runtime.dot`, [T, D]
     by [D, F], is not: they run in their operands' own precision, whatever the runtime.
     So with a bf16 runtime, where `attend_expanded` rounds those operands, the two ways
-    agree within bf16 rounding only. Commands decode in f32 (`eval.logits.build`).
+    agree within bf16 rounding only.
     """
     c_kv, k_rope = mla.latent(x_BLD, window.by)
     new = Layer(c_kv, k_rope[:, :, 0])

@@ -34,10 +34,10 @@ class Block(NamedTuple):
 
 
 @functools.cache  # programs are compiled for the model as an object
-def build(config: Config) -> Transformer:
-    """The model of a configuration in float32, however it was trained."""
+def build(config: Config, how: RuntimeConfig | None = None) -> Transformer:
+    """The model of a configuration, by default in float32, however it was trained."""
     balancer = balancing.build(config.balance, config.model.moe)
-    return Transformer(config.model, runtime.build(RuntimeConfig()), balancer)
+    return Transformer(config.model, runtime.build(how or RuntimeConfig()), balancer)
 
 
 def check(model: Transformer, tokens_BL: np.ndarray, mtp: bool) -> None:

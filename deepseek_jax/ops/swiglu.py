@@ -2,7 +2,9 @@
 
 from deepseek_jax.precision.later import Later as Later
 from deepseek_jax.typing import Array
-from pallas_kernels.grouped_matmul.reference import gated as swiglu
+from pallas_kernels.grouped_matmul.reference import gated
+
+swiglu = gated
 
 
 def swiglu_later(gate: Array, up: Array, weight: Array | None = None) -> Later:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 import warnings
@@ -11,14 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax import presets
-from deepseek_jax.config import Config, MTPConfig, OptimConfig
+from deepseek_jax import presets, runtime
+from deepseek_jax.config import Config, MTPConfig, OptimConfig, RuntimeConfig
 from deepseek_jax.decode import cache as caches
 from deepseek_jax.decode import engine, forward, request
 from deepseek_jax.decode.cache import Layer
 from deepseek_jax.decode.sampling import sampling
+from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.train.state import assemble, init_state
+from pallas_kernels.choice import INTERPRET, XLA
+from pallas_kernels.testing import distance, interpreted
 from tests.decode import replica
+from tests.factory import SMALL, small
 
 LENGTHS = (1, 2, 9, 17, 30)
 
@@ -150,6 +155,41 @@ def test_a_bfloat16_cache_is_near():
         seen = ~np.isnan(row[:, 0])
         error = np.abs(row[seen] - want[seen]).mean() / np.abs(want).max()
         assert 1e-5 < error < 2e-2
+
+
+@pytest.mark.parametrize("page", [pytest.param(0, marks=pytest.mark.slow), 64])
+def test_a_step_with_the_kernel_is_one_without(page):
+    """Two tokens a row at once, as drafts are judged; rows of unequal lengths.
+
+    Attention is to be within 3e-3, which each layer adds to what it is given.
+    """
+    at = dataclasses.replace(SMALL.attention, kv_rank=32, rope_dim=16)
+    config = small(depth=0)
+    model = dataclasses.replace(config.model, num_layers=2, num_dense=1, attention=at)
+    config = dataclasses.replace(config, model=model)
+    parts = assemble(config)
+    state = init_state(parts, 0)
+    rows, made = prompts([70, 9]), {}
+    for name, compile in ((XLA, jax.jit), (INTERPRET, interpreted)):
+        how = RuntimeConfig(compute="bf16", attention="plain", implementation=XLA)
+        rt = runtime.build(how)
+        attend = functools.partial(rt.latent_attention, implementation=name)
+        rt = dataclasses.replace(rt, latent_attention=attend)
+        model = Transformer(config.model, rt, parts.balancer)
+        weights = forward.split(model, state.params, state.balance)
+        needs = [len(row) for row in rows]
+        cache = caches.create(config.model, needs, dtype=jnp.bfloat16, page=page)
+        tokens, position = filled(rows)
+        early = jnp.where(position < jnp.asarray(needs)[:, None] - 2, position, -1)
+        first = jax.jit(forward.forward, static_argnums=(0, 5))
+        _, cache = first(model, weights, tokens, early, cache, forward.attend_expanded)
+        last = jnp.asarray(needs)[:, None] + jnp.arange(-2, 0)
+        new = jnp.take_along_axis(tokens, last, 1)
+        step = compile(functools.partial(forward.forward, model))
+        made[name] = np.asarray(step(weights, new, last, cache)[0])
+        assert engine.attention(model, jnp.bfloat16, page) == (name, "")
+    bound = 3e-3 * config.model.num_layers
+    assert 0 < distance(made[INTERPRET], made[XLA]) < bound
 
 
 @pytest.mark.parametrize("page", [0, 4])

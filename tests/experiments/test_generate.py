@@ -75,6 +75,20 @@ def test_text_streams_and_the_figures_come_last(run, capsys):
     assert "accepted" not in errors and "speed-up" not in errors
 
 
+def test_in_bfloat16_it_says_how_it_attends(run, capsys):
+    """A wider cache is no matter for most tokens of 20, and says so in bytes."""
+    both = {"compute": "bf16", "cache-dtype": "bf16"}
+    found = json.loads(printed(capsys, run, "--json", **both).out)
+    assert found["attention"]["implementation"] == "xla"
+    assert "Hopper" in found["attention"]["reason"]
+    exact = json.loads(printed(capsys, run, "--json").out)
+    assert 2 * found["cache_bytes_per_token"] == exact["cache_bytes_per_token"]
+    logs = [made["samples"][0]["log_probs"] for made in (found, exact)]
+    assert 1e-5 < abs(logs[0][0] - logs[1][0]) < 0.05
+    errors = printed(capsys, run, **both).err
+    assert errors.startswith("attention over the cache: xla (mosaic_gpu runs on NVIDIA")
+
+
 def test_half_a_character_is_held_back(capsys):
     stream = generate.Stream(Bytes())
     parts = [list(b"a"), *([byte] for byte in "ö€".encode()), [300]]

@@ -1,4 +1,5 @@
-"""The whole training step of a replica is machine code for Hopper with kernels in it.
+"""Steps of a replica are machine code for Hopper with kernels in it: a whole one of
+training, and one of decoding.
 
 `mini`, whose heads and experts the kernels have; its layers are scanned, so fewer of
 them would compile no faster. Needs the extra `aot`; skipped without, unless REQUIRE_AOT
@@ -11,6 +12,7 @@ import re
 from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from benchmarks.aot_h100 import shapes
@@ -23,6 +25,9 @@ from deepseek_jax.config import (
     OptimConfig,
     RuntimeConfig,
 )
+from deepseek_jax.decode import cache as caches
+from deepseek_jax.decode import engine, forward
+from deepseek_jax.eval import logits
 from deepseek_jax.train import layout
 from deepseek_jax.train.state import assemble
 from deepseek_jax.train.step import make_step
@@ -100,6 +105,29 @@ def test_in_fp8(h100s, cards):
     for name in MAPS:
         for stack in ("/dense/", "/moe/"):
             assert number(calls, stack, f"/{name}/") >= 9
+
+
+def test_of_decoding(h100s):
+    """Two tokens a row, as drafts are judged, on a paged cache."""
+    with jax.default_device(h100s[0]):
+        parts = assemble(config("bf16"), h100s[:1])
+        state, _ = shapes(parts)
+        model = logits.build(parts.config, RuntimeConfig(compute="bf16"))
+        assert engine.attention(model, jnp.bfloat16, page=64) == (MOSAIC_GPU, "")
+    split = functools.partial(forward.split, model)
+    cache = caches.create(model.config, [512] * 8, dtype=jnp.bfloat16, page=64)
+    window = jax.ShapeDtypeStruct((8, 2), jnp.int32)
+    reports = testing.compile_for(
+        h100s[0],
+        functools.partial(forward.forward, model),
+        jax.eval_shape(split, state.params, state.balance),
+        window,
+        window,
+        cache,
+    )
+    for report in reports:
+        testing.assert_hopper(report, ())
+    assert any("wgmma" in report.ptx for report in reports)
 
 
 def test_on_two_cards_that_share_experts(h100s):
