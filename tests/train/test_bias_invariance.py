@@ -64,7 +64,13 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+BETWEEN = {"accumulation 2", "remat", "4 shards"}  # the others take them in
+
+
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param(way, marks=[pytest.mark.slow] * (way in BETWEEN)) for way in WAYS],
+)
 def test_biases_are_bitwise_equal(way):
     want, want_losses, want_loads = trained()
     got, losses, loads = trained(**WAYS[way])
