@@ -5,7 +5,8 @@ arXiv:2412.19437, section 4.5.3 (auxiliary-loss-free against batch-wise and
 sequence-wise losses), and of arXiv:2408.15664, with the variants proposed since.
 
 Cost: 33 runs of 300 steps, about 2 hours on 2 cores. ":paper" is the report's own
-comparison, five strategies and 15 runs; ":smoke" is four runs of 6 steps.
+comparison, five strategies and 15 runs; ":rules" has what else moves a bias, four and
+12 runs; ":smoke" is four runs of 6 steps.
 
   python -m experiments.sweep --sweep=experiments/sweeps/balancing.py --workdir=runs/b
 
@@ -39,15 +40,17 @@ SETTINGS: dict[str, dict[str, float]] = {
     "v3": {"balance.speed": 1e-2, "balance.alpha": 1e-4},
 }
 PAPER = ("none", "loss_free", "aux_batch", "aux_seq", "v3")
+RULES = ("loss_free_proportional", "multiplicative", "loss_free_frozen", "quantile")
+PARTS = {"paper": PAPER, "rules": RULES, "smoke": ("none", "v3")}
 
 
 def sweep(arg: str | None = None) -> Iterator[dict[str, Any]]:
-    """The runs; `arg` "paper" takes fewer strategies, "smoke" few and short runs."""
+    """The runs; `arg` is one of PARTS, of which "smoke" has short runs."""
     settings = {
         name: {"balance.strategy": name, **overrides}
         for name, overrides in SETTINGS.items()
     }
-    return grid.runs(settings, arg, {"paper": PAPER, "smoke": ("none", "v3")})
+    return grid.runs(settings, arg, PARTS)
 
 
 def metrics() -> tuple[str, ...]:
