@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.ops import dispatch
-from deepseek_jax.ops.swiglu import swiglu
+from deepseek_jax import fp8_kernels
+from deepseek_jax.fp8_kernels import UNIT
 from deepseek_jax.precision import recipe as recipes
 from deepseek_jax.precision.fp8_dots import MODELS, Blocks, Gemms, Recipe
-from deepseek_jax.precision.later import Later, now
-from deepseek_jax.precision.quantize import Quantized, Scheme
+from deepseek_jax.precision.later import Later
+from deepseek_jax.precision.quantize import Quantized
 from deepseek_jax.typing import Array
 from pallas_kernels.choice import (
     INTERPRET,
@@ -31,15 +31,13 @@ from pallas_kernels.choice import (
 )
 from pallas_kernels.flash_mla import api as flash_mla
 from pallas_kernels.flash_mla.mosaic_gpu import Operands
-from pallas_kernels.fp8_matmul import api as fp8_matmul
 from pallas_kernels.fp8_quantize import api as fp8_quantize
-from pallas_kernels.fp8_quantize.reference import BLOCK, E4M3, TILE
+from pallas_kernels.fp8_quantize.reference import E4M3, TILE
 from pallas_kernels.grouped_fp8_matmul import api as grouped_fp8
 from pallas_kernels.grouped_matmul import api as grouped_matmul
 from pallas_kernels.mla_decode import api as mla_decode
 
 Split = Callable[..., Callable[..., Any]]  # Runtime.rows
-UNIT = TILE[1]
 DRY = "dry run"
 
 _notes: ContextVar[dict[str, Choice] | None] = ContextVar("notes", default=None)
@@ -141,18 +139,23 @@ def experts_hidden(
     used: Array,
     grouped_dot: Callable[..., Array],
     *,
-    otherwise: dispatch.Hidden,
+    otherwise: Callable[..., Array | Later],
     compute_dtype: Any = None,
     implementation: str | None = None,
 ) -> Array | Later:
-    """A `dispatch.Hidden` by `grouped_swiglu`, whose kernel writes no sums in float32.
+    """What experts' down-projections multiply, by `grouped_swiglu`.
+
+    Its kernel reads matrices where they are, which are copied together without it, and
+    no sums to gate them. For a backward pass the output is kept beside the sums.
 
     Args:
-      otherwise: what computes it where there is no kernel.
+      otherwise: what computes it where there is no kernel; `dispatch.Hidden`.
     """
     how = _decide(
         "grouped_swiglu",
-        lambda: grouped_matmul.choice(x_nbD, gate_EDF, compute_dtype, implementation),
+        lambda: grouped_matmul.swiglu_choice(
+            x_nbD, gate_EDF, compute_dtype, implementation
+        ),
         implementation,
     )
     if how == DRY:
@@ -243,9 +246,7 @@ def _check(recipe: Recipe, x: Array | Later, w: Array, kernel: str) -> None:
 
 @functools.cache  # made once, so that a program is compiled once
 def _made(how: str, split: Split | None) -> Gemms:
-    own = Gemms(
-        *(functools.partial(each, how=how) for each in (_fprop, _dgrad, _wgrad))
-    )
+    own = fp8_kernels.gemms(how)
     return _over(split, own) if split else own
 
 
@@ -267,14 +268,6 @@ def _over(split: Split, own: Gemms) -> Gemms:
     return Gemms(fprop, dgrad, wgrad)
 
 
-def _padded(x: Array, axes: tuple[int, ...] = (-2, -1)) -> Array:
-    """x with zeros up to whole tiles, which change no scale and no sum."""
-    edges = [(0, 0)] * x.ndim
-    for axis in axes:
-        edges[axis] = 0, -x.shape[axis] % UNIT
-    return jnp.pad(x, edges)
-
-
 def _zeros(
     recipe: Recipe, x: Array | Later, w: Array, blocks: Blocks | None
 ) -> tuple[Array, Quantized]:
@@ -282,69 +275,3 @@ def _zeros(
     scale = jnp.zeros((*x.shape[:-1], -(-x.shape[-1] // UNIT)))
     read = Quantized(jnp.zeros(x.shape, E4M3.dtype), scale)
     return jnp.zeros((*x.shape[:-1], w.shape[-1])), read
-
-
-def _quantized(
-    x: Array | Later, scheme: Scheme, how: str, turned: bool = False
-) -> Quantized:
-    """Codes and scales of x, or turned of its transpose: what is summed over is last.
-
-    Turned, a scheme's columns of 128 are tiles. SwiGLU's output is not written before.
-    """
-    rule: dict[str, Any] = {
-        "power_of_two": scheme.power_of_two,
-        "least": scheme.least,
-        "turned": turned,
-        "implementation": how,
-    }
-    if isinstance(x, Later) and x.function is swiglu:
-        parts = map(_padded, x.rounded)
-        weights = (_padded(weight, (-1,)) for weight in x.exact)
-        return Quantized(*fp8_quantize.quantize_swiglu(*parts, *weights, **rule))
-    block = BLOCK if scheme.block == BLOCK else TILE
-    return Quantized(*fp8_quantize.quantize(_padded(now(x)), block, **rule))
-
-
-def _multiplied(a: Quantized, b: Quantized, blocks: Blocks | None, how: str) -> Array:
-    if blocks is None:
-        return fp8_matmul.fp8_matmul(*a, *b, implementation=how)
-    return grouped_fp8.grouped_fp8_matmul(*a, *b, *blocks, implementation=how)
-
-
-def _fprop(
-    recipe: Recipe, x: Array | Later, w: Array, blocks: Blocks | None, *, how: str
-) -> tuple[Array, Quantized]:
-    rows, depth = x.shape[-2:]
-    a = _quantized(x, recipe.x, how)
-    b = _quantized(w, recipe.w, how, turned=True)
-    y = _multiplied(a, b, blocks, how)[..., :rows, : w.shape[-1]]
-    return y, Quantized(a.codes[..., :rows, :depth], a.scale[..., :rows, :])
-
-
-def _dgrad(
-    recipe: Recipe, g: Array, w: Array, blocks: Blocks | None, *, how: str
-) -> Array:
-    a, b = _quantized(g, recipe.g, how), _quantized(w, recipe.w, how)
-    return _multiplied(a, b, blocks, how)[..., : g.shape[-2], : w.shape[-2]]
-
-
-def _wgrad(
-    recipe: Recipe, x: Any, g: Array, blocks: Blocks | None, experts: int, *, how: str
-) -> Array:
-    if isinstance(x, Quantized):
-        again = {"power_of_two": recipe.x_t.power_of_two, "least": recipe.x_t.least}
-        kept = _padded(x.codes), _padded(x.scale, (-2,))
-        a = Quantized(*fp8_quantize.requantize(*kept, **again, implementation=how))
-        depth = x.codes.shape[-1]
-    else:
-        a = _quantized(x, recipe.x_t, how, turned=True)
-        depth = x.shape[-1]
-    b = _quantized(g, recipe.g_t, how, turned=True)
-    if blocks is None:
-        dw = _multiplied(a, b, None, how)
-    else:
-        operands = (part for q in (a, b) for part in (q.codes, q.scale[..., 0]))
-        dw = grouped_fp8.grouped_fp8_weight_gradient(
-            *operands, *blocks, experts=experts, implementation=how
-        )
-    return dw[..., :depth, : g.shape[-1]]

@@ -250,7 +250,7 @@ def build(config: RuntimeConfig, rows: Rows | None = None) -> Runtime:
         functools.partial(first, swiglu=rt.swiglu)
         for first in (dispatch.apart, dispatch.joined)
     )
-    if not pieces:
+    if pieces is None or recipe.recipe(pieces, "experts") is None:
         of_blocks = functools.partial(kernels.experts_hidden, **by, otherwise=joined)
     else:  # where a matrix has one scale, gate and up are two
         of_blocks = joined if pieces.block else apart

@@ -7,12 +7,12 @@
 The prompt is the beginning of a document: the tokenizer's bos goes before it, and eos
 ends a sample. --speculative lets the MTP modules draft, which changes the speed and
 neither greedy output (but where two tokens are equally likely within rounding) nor the
-distribution of samples. Everything is computed in float32.
+distribution of samples. By default everything is computed in float32.
 
-On a Hopper GPU --compute=bf16 --cache-dtype=bf16 is the fast way: products are of
-bfloat16 numbers, and attention over the cache is a kernel (with --page, pages of whole
-64 tokens). Elsewhere they only round. The first lines on stderr say what is taken.
-Tokens within rounding of each other may then change places.
+With --compute=bf16 --cache-dtype=bf16 products are of bfloat16 numbers, and on a Hopper
+GPU attention over the cache is a kernel (with --page, pages of whole 64 tokens), which
+a line on stderr tells; elsewhere they only round. Tokens within rounding of each other
+may then change places.
 
 --mesh spreads the model's experts over all devices, and the samples too, of which each
 device then makes as many (JAX_NUM_CPU_DEVICES=n in the environment simulates n devices

@@ -28,6 +28,7 @@ from pallas_kernels.fp8_quantize.reference import BLOCK, TILE
 from pallas_kernels.grouped_fp8_matmul.api import grouped_fp8_matmul
 from pallas_kernels.grouped_matmul import shapes as grouped_shapes
 from pallas_kernels.grouped_matmul.api import grouped_dot, grouped_swiglu
+from pallas_kernels.grouped_matmul.reference import gated
 from pallas_kernels.mla_decode import shapes as decode_shapes
 from pallas_kernels.mla_decode.api import mla_decode
 
@@ -127,7 +128,8 @@ def quantize_cases(shape: quantize_shapes.Shape) -> Iterator[tuple[str, Case]]:
         return
 
     def gated() -> tuple[Array, ...]:
-        return _normal((M, N), (M, N))
+        """In float32, as products come."""
+        return tuple(each.astype(F32) for each in _normal((M, N), (M, N)))
 
     def normed() -> tuple[Array, ...]:
         return *_normal((M, N)), jnp.ones(N)
@@ -166,13 +168,26 @@ def grouped_cases(shape: grouped_shapes.Shape) -> Iterator[tuple[str, Case]]:
     both = _ours(with_gradient(grouped_dot, 2), inputs)
     yield "forward + backward", Case(3 * flops, 3 * size, both)
 
-    def gated() -> tuple[Array, ...]:
+    def inputs_of_two() -> tuple[Array, ...]:
         weights = (experts, D, F)
-        return *_normal((n, rows, D), weights, weights), *_routing(shape)
+        operands = *_normal((n, rows, D), weights, weights), *_routing(shape)
+        return *operands, jnp.ones((n, rows))
 
-    size = _size(gated, (n * rows * F, BF16))
-    yield "SwiGLU", Case(2 * flops, size, _ours(grouped_swiglu, gated))
-    both = _ours(with_gradient(grouped_swiglu, 3), gated)
+    def joined(
+        x: Array, gate: Array, up: Array, expert_n: Array, used: Array, weight: Array
+    ) -> Array:
+        """Without a kernel of its own."""
+        both = grouped_dot(x, jnp.concatenate([gate, up], -1), expert_n, used)
+        gate, up = jnp.split(both, 2, -1)
+        return gated(gate, up, weight).astype(BF16)
+
+    size = _size(inputs_of_two, (n * rows * F, BF16))
+    candidates = _ours(grouped_swiglu, inputs_of_two)
+    candidates["one grouped_dot"] = functools.partial(_jitted, joined, inputs_of_two)
+    yield "SwiGLU", Case(2 * flops, size, candidates)
+    both = _ours(with_gradient(grouped_swiglu, 3), inputs_of_two)
+    pulled = with_gradient(joined, 3)
+    both["one grouped_dot"] = functools.partial(_jitted, pulled, inputs_of_two)
     yield "SwiGLU + backward", Case(6 * flops, 3 * size, both)
 
 

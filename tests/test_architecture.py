@@ -30,7 +30,8 @@ MAY_IMPORT = {
     ".ops": f"{CORE} .schedule .precision pallas_kernels.*.reference jax numpy",
     ".precision": f"{CORE} pallas_kernels.*.reference jax numpy",
     ".precision.policy": ".nested",
-    ".kernels": f"{CORE} .precision pallas_kernels jax",
+    ".kernels": f"{CORE} .fp8_kernels .precision pallas_kernels jax",
+    ".fp8_kernels": f"{CORE} .precision pallas_kernels jax",
     ".runtime": f"{CORE} .kernels .ops .precision pallas_kernels jax",
     ".model": f"{CORE} .ops .runtime jax flax",
     ".parallel": f"{CORE} .ops .precision .model .runtime"

@@ -5,6 +5,7 @@ On a CPU kernels run in JAX's simulator of a GPU, which is slow: sizes are tiny.
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ from deepseek_jax.precision.later import Later
 from deepseek_jax.precision.recipe import recipe
 from pallas_kernels import choice, testing
 from pallas_kernels.choice import INTERPRET, MOSAIC_GPU, XLA
+from pallas_kernels.fp8_quantize import api as fp8_quantize
 from tests.factory import SMALL
 
 LENGTH = 72
@@ -167,7 +169,9 @@ def assert_near(actual, expected, bound):
 
 
 @pytest.mark.parametrize("name", ["q_a", "o", "down"])
-def test_fp8_kernels_multiply_as_the_models_do(name):
+def test_fp8_kernels_multiply_as_the_models_do(name, monkeypatch):
+    fused = mock.Mock(wraps=fp8_quantize.quantize_swiglu)
+    monkeypatch.setattr(fp8_quantize, "quantize_swiglu", fused)
     made = recipe(V3, name)
     x, w, g = operands(145, 161, 47)  # no whole tiles
     if name == "down":  # SwiGLU, computed anew in the backward pass
@@ -181,6 +185,7 @@ def test_fp8_kernels_multiply_as_the_models_do(name):
     own = with_gradients(functools.partial(run, found), made, testing.interpreted)
     want = with_gradients(functools.partial(run, MODELS), made, jax.jit)(x, w, g)
     assert_near(own(x, w, g), want, 2e-6)
+    assert fused.called == (name == "down")
 
 
 @pytest.mark.parametrize("later", [False, True])

@@ -32,7 +32,7 @@ from deepseek_jax.decode.sampling import Sampling, sampling
 from deepseek_jax.decode.speculative import State, mtp_input, step, window
 from deepseek_jax.model.count import cache_bytes
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.runtime import Choice, dry_run
+from deepseek_jax.runtime import XLA, Choice, dry_run
 from deepseek_jax.typing import Array
 
 CHUNK = 16384  # prompt tokens that one forward pass of prefill takes, over all rows
@@ -157,18 +157,19 @@ def attention(model: Transformer, dtype: Any, page: int = 0) -> Choice:
       dtype, page: of the cache.
     """
     at, shaped = model.config.attention, jax.ShapeDtypeStruct
-    pool = 1, page or bucket(1)
+    rows = model.rt.devices
+    pool = rows, page or bucket(1)
     with dry_run() as notes:
         jax.eval_shape(
             functools.partial(model.rt.latent_attention, scale=1.0),
-            shaped((1, 1, at.num_heads, at.kv_rank), jnp.float32),
-            shaped((1, 1, at.num_heads, at.rope_dim), jnp.float32),
+            shaped((rows, 1, at.num_heads, at.kv_rank), jnp.float32),
+            shaped((rows, 1, at.num_heads, at.rope_dim), jnp.float32),
             shaped((*pool, at.kv_rank), dtype),
             shaped((*pool, at.rope_dim), dtype),
-            shaped((1, 1), jnp.int32),
-            shaped((1, 1), jnp.int32) if page else None,
+            shaped((rows, 1), jnp.int32),
+            shaped((rows, 1), jnp.int32) if page else None,
         )
-    return notes["latent_attention"]
+    return notes.get("latent_attention", Choice(XLA, "the runtime has no other"))
 
 
 def bytes_per_token(config: ModelConfig, depth: int, dtype: Any) -> int:

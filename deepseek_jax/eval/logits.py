@@ -33,11 +33,15 @@ class Block(NamedTuple):
     logits_TV: np.ndarray  # float32
 
 
-@functools.cache  # programs are compiled for the model as an object
 def build(config: Config, how: RuntimeConfig | None = None) -> Transformer:
     """The model of a configuration, by default in float32, however it was trained."""
+    return _build(config, how or RuntimeConfig())
+
+
+@functools.cache  # programs are compiled for the model as an object
+def _build(config: Config, how: RuntimeConfig) -> Transformer:
     balancer = balancing.build(config.balance, config.model.moe)
-    return Transformer(config.model, runtime.build(how or RuntimeConfig()), balancer)
+    return Transformer(config.model, runtime.build(how), balancer)
 
 
 def check(model: Transformer, tokens_BL: np.ndarray, mtp: bool) -> None:

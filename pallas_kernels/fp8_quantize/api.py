@@ -107,7 +107,6 @@ def requantize(
 def quantize_swiglu(
     gate: Array,
     up: Array,
-    weight: Array | None = None,
     *,
     power_of_two: bool = False,
     least: float = MIN_AMAX,
@@ -120,12 +119,10 @@ def quantize_swiglu(
     DeepSeek-V3 computes it anew (section 3.3.3).
 
     Args:
-      weight: [..., M], what each row is multiplied by, as an expert's tokens are.
       power_of_two, least, turned, implementation: as in `quantize`.
 
     Raises:
-      ValueError: gate and up differ in shape or dtype, or are no matrices; there is not
-        one weight a row.
+      ValueError: gate and up differ in shape or dtype, or are no matrices.
       NotImplementedError: the implementation demanded does not do it.
     """
     _check("gate", gate, least)
@@ -134,14 +131,11 @@ def quantize_swiglu(
             f"gate and up are {gate.dtype} {gate.shape} and {up.dtype} {up.shape}: "
             "must be alike"
         )
-    if weight is not None and weight.shape != gate.shape[:-1]:
-        raise ValueError(f"weight has shape {weight.shape}: must be {gate.shape[:-1]}")
     chosen = choice(gate, TILE, turned, implementation).implementation
     if chosen == XLA:
-        x = gated(gate, up, weight)
+        x = gated(gate, up)
         return reference.quantize_turned(x, turned, TILE, power_of_two, least)
-    rule = TILE, turned, power_of_two, least, chosen
-    return _kernel(gate, None, *rule, up, weight=weight)
+    return _kernel(gate, None, TILE, turned, power_of_two, least, chosen, up)
 
 
 def quantize_rms_norm(
@@ -177,8 +171,8 @@ def quantize_rms_norm(
     if chosen == XLA:
         normed = reference.rms_normed(x, inverse_M, scale_N)
         return reference.quantize_turned(normed, turned, TILE, power_of_two, least)
-    rule = TILE, turned, power_of_two, least, chosen
-    return _kernel(x, None, *rule, weight=inverse_M, scale_N=scale_N)
+    norm = inverse_M, scale_N
+    return _kernel(x, None, TILE, turned, power_of_two, least, chosen, norm=norm)
 
 
 def _check(name: str, x: Array, least: float) -> None:
@@ -197,24 +191,22 @@ def _kernel(
     least: float,
     chosen: str,
     up: Array | None = None,
-    weight: Array | None = None,
-    scale_N: Array | None = None,
+    norm: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array]:
-    """The kernel on all leading axes as one; `weight` and `scale_N` multiply what is
-    quantised.
-    """
+    """The kernel on all leading axes as one."""
     outer = x.shape[:-2]
     x = x.reshape(-1, *x.shape[-2:])
     factors: tuple[mosaic_gpu.Factor, ...] = ()
     if scale is not None:
         scale = scale.reshape(-1, *scale.shape[-2:]).swapaxes(1, 2)
         factors = (mosaic_gpu.Factor(scale, by_row=False),)
-    if weight is not None:
-        weight_BM = weight.reshape(x.shape[:2]).astype(jnp.float32)
-        factors += (mosaic_gpu.Factor(weight_BM[:, None], by_row=not turned),)
-    if scale_N is not None:
-        scale_BN = jnp.broadcast_to(scale_N.astype(jnp.float32), x.shape[::2])
-        factors += (mosaic_gpu.Factor(scale_BN[:, None], by_row=turned),)
+    if norm is not None:
+        inverse_BM = norm[0].reshape(x.shape[:2])
+        scale_BN = jnp.broadcast_to(norm[1].astype(jnp.float32), x.shape[::2])
+        factors = (
+            mosaic_gpu.Factor(inverse_BM[:, None], by_row=not turned),
+            mosaic_gpu.Factor(scale_BN[:, None], by_row=turned),
+        )
     up = None if up is None else up.reshape(x.shape)
     rule = power_of_two, least, INTERPRETED.get(chosen)
     codes, made = mosaic_gpu.quantize(x, block, turned, *rule, up, factors)

@@ -24,7 +24,7 @@ PRODUCTS = {XLA: reference.PRODUCTS} | {
 
 def choice(
     x_nbD: Array,
-    w_EDF: Array,
+    w_EDF: Array | jax.ShapeDtypeStruct,
     compute_dtype: Any = None,
     implementation: str | None = None,
 ) -> Choice:
@@ -40,6 +40,20 @@ def choice(
         lambda: mosaic_gpu.check(x_nbD.shape, w_EDF.shape, *dtypes),
         tiled,
     )
+
+
+def swiglu_choice(
+    x_nbD: Array,
+    gate_EDF: Array,
+    compute_dtype: Any = None,
+    implementation: str | None = None,
+) -> Choice:
+    """`choice` for `grouped_swiglu`, whose gradients have both matrices as one."""
+    *outer, width = gate_EDF.shape
+    both = jax.ShapeDtypeStruct((*outer, 2 * width), gate_EDF.dtype)
+    demanded = compute_dtype, implementation
+    chosen = choice(x_nbD, gate_EDF, *demanded)
+    return chosen if chosen.reason else choice(x_nbD, both, *demanded)
 
 
 def grouped_dot(
@@ -116,10 +130,15 @@ def grouped_swiglu(
         raise ValueError(
             f"weight_nb has shape {weight_nb.shape}: must be {x_nbD.shape[:2]}"
         )
-    chosen = choice(x_nbD, gate_EDF, compute_dtype, implementation).implementation
+    chosen = swiglu_choice(x_nbD, gate_EDF, compute_dtype, implementation)
     routing = weight_nb, expert_n, used
     return reference.differentiable_swiglu(
-        x_nbD, gate_EDF, up_EDF, *routing, compute_dtype, PRODUCTS[chosen]
+        x_nbD,
+        gate_EDF,
+        up_EDF,
+        *routing,
+        compute_dtype,
+        PRODUCTS[chosen.implementation],
     )
 
 

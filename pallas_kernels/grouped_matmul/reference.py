@@ -225,18 +225,16 @@ def differentiable_swiglu(
     Kept for the backward pass are both products, as they were summed.
     """
     operands = [rounded(x, compute_dtype) for x in (x_nbD, gate_EDF, up_EDF)]
-    weight_nb = _live(weight_nb, used)
-    made = products.swiglu(
-        *operands, weight_nb, expert_n, used, False, operands[0].dtype
-    )
-    return made[0]
+    routing = _live(weight_nb, used, operands[0]), expert_n, used
+    return products.swiglu(*operands, *routing, False, operands[0].dtype)[0]
 
 
-def _live(weight_nb: Array | None, used: Array) -> Array | None:
-    """Rows' weights without those of unused blocks, which may be anything."""
+def _live(weight_nb: Array | None, used: Array, x: Array) -> Array | None:
+    """Rows' weights as x's sums are, but zero in unused blocks, which hold anything."""
     if weight_nb is None:
         return None
-    return jnp.where(jnp.arange(len(weight_nb))[:, None] < used, weight_nb, 0)
+    live_n1 = jnp.arange(len(weight_nb))[:, None] < used
+    return jnp.where(live_n1, weight_nb, 0).astype(wide(x))
 
 
 def _swiglu_forward(
@@ -251,31 +249,30 @@ def _swiglu_forward(
 ) -> tuple[Array, tuple[Any, ...]]:
     given = x_nbD, gate_EDF, up_EDF
     operands = [rounded(x, compute_dtype) for x in given]
-    routing = _live(weight_nb, used), expert_n, used
+    routing = _live(weight_nb, used, operands[0]), expert_n, used
     made = products.swiglu(*operands, *routing, True, operands[0].dtype)
     hidden_nbF, *kept = (checkpoint_name(each, PRODUCT) for each in made)
-    types = (jnp.zeros((0,), x.dtype) for x in given)
-    return hidden_nbF, (*operands, *routing, *kept, *types)
+    types = jax.tree.map(lambda x: jnp.zeros((0,), x.dtype), (*given, weight_nb))
+    return hidden_nbF, (operands, routing, kept, types)
 
 
 def _swiglu_backward(
     compute_dtype: Any, products: Products, saved: tuple[Any, ...], g_nbF: Array
 ) -> tuple[Array | None, ...]:
-    x_nbD, gate_EDF, up_EDF, weight_nb, expert_n, used, *rest = saved
-    gate_nbF, up_nbF, *types = rest
-    pull = jax.vjp(gated, gate_nbF, up_nbF, weight_nb)[1]
-    *both, dweight_nb = pull(g_nbF.astype(wide(g_nbF)))
-    both = [g.astype(x_nbD.dtype) for g in both]
-    dx_nbD, more_nbD = (
-        products.blocks(g, w_EDF, expert_n, used, -1, wide(x_nbD))
-        for g, w_EDF in zip(both, (gate_EDF, up_EDF), strict=True)
+    (x_nbD, *weights), (weight_nb, expert_n, used), kept, types = saved
+    g_nbF = jnp.where(jnp.arange(len(g_nbF))[:, None, None] < used, g_nbF, 0)
+    *both, dweight_nb = jax.vjp(gated, *kept, weight_nb)[1](g_nbF.astype(wide(g_nbF)))
+    # One product reads each row once, and writes no half of a sum.
+    g_nbF2 = jnp.concatenate([g.astype(x_nbD.dtype) for g in both], -1)
+    w_EDF2 = jnp.concatenate(weights, -1)
+    dx_nbD = products.blocks(g_nbF2, w_EDF2, expert_n, used, -1, types[0].dtype)
+    dw_EDF2 = products.weight_gradient(
+        x_nbD, g_nbF2, expert_n, used, len(w_EDF2), types[1].dtype
     )
-    dx_nbD = (dx_nbD + more_nbD).astype(types[0].dtype)
-    dw = (
-        products.weight_gradient(x_nbD, g, expert_n, used, len(gate_EDF), like.dtype)
-        for g, like in zip(both, types[1:], strict=True)
-    )
-    return dx_nbD, *dw, dweight_nb, None, None
+    dw = jnp.split(dw_EDF2, 2, -1)
+    if weight_nb is not None:
+        dweight_nb = dweight_nb.astype(types[3].dtype)
+    return dx_nbD, dw[0], dw[1].astype(types[2].dtype), dweight_nb, None, None
 
 
 differentiable_swiglu.defvjp(_swiglu_forward, _swiglu_backward)

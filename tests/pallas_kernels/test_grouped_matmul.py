@@ -13,7 +13,7 @@ from pallas_kernels.choice import XLA
 from pallas_kernels.grouped_matmul import api
 from pallas_kernels.grouped_matmul.reference import grouped_dot, grouped_dot_oracle
 from pallas_kernels.grouped_matmul.shapes import SHAPES, Shape
-from pallas_kernels.testing import KERNEL, Suite, distance
+from pallas_kernels.testing import KERNEL, Suite, distance, interpreted
 from tests.agreement import as_dtype, assert_agree, matmul_dtypes, with_gradients
 
 EXPERTS, ROWS, WIDTH, OUT = 5, 3, 7, 9
@@ -192,10 +192,11 @@ def swiglu_in_float32(x, gate, up, *routing):
 
 
 def weighted_inputs(key, shape):
-    """As `swiglu_inputs`, with a weight for each row."""
+    """As `swiglu_inputs`, with a weight for each row; of unused blocks NaN."""
     inputs = swiglu_inputs(key, shape)
     weight = jax.random.uniform(jax.random.key(8), inputs[0].shape[:2])
-    return *inputs[:3], weight, *inputs[3:]
+    unused = jnp.arange(shape.n)[:, None] >= shape.used
+    return *inputs[:3], jnp.where(unused, jnp.nan, weight), *inputs[3:]
 
 
 def weighted(x, gate, up, weight, expert_n, used, **options):
@@ -203,7 +204,7 @@ def weighted(x, gate, up, weight, expert_n, used, **options):
 
 
 def weighted_in_float32(x, gate, up, weight, *routing):
-    return swiglu_in_float32(x, gate, up, *routing) * weight[..., None]
+    return swiglu_in_float32(x, gate, up, *routing) * jnp.nan_to_num(weight)[..., None]
 
 
 # Results and gradients of sums are rounded to bfloat16.
@@ -232,6 +233,24 @@ def test_swiglu_and_its_gradients_are_the_oracle_s(implementation, shape, suite)
     suite.check_gradients(implementation, shape, seed=1)
 
 
+@pytest.mark.parametrize("implementation", [XLA, KERNEL])
+def test_gradients_of_unused_blocks_are_not_read(implementation):
+    shape = SHAPES["ci"]["ragged"]
+    *given, expert_n, used = weighted_inputs(jax.random.key(4), shape)
+
+    def gradients(*given):
+        call = functools.partial(weighted, implementation=implementation)
+        y, pull = jax.vjp(lambda *given: call(*given, expert_n, used), *given)
+        unused = jnp.arange(shape.n)[:, None, None] >= used
+        return pull(jnp.where(unused, jnp.nan, jnp.ones_like(y)))
+
+    compile = jax.jit if implementation == XLA else interpreted
+    assert shape.used < shape.n
+    assert all(
+        np.isfinite(np.asarray(x, np.float32)).all() for x in compile(gradients)(*given)
+    )
+
+
 def test_swiglu_is_rounded_once():
     x = swiglu_inputs(jax.random.key(2), SHAPES["ci"]["ragged"])
     made = [SWIGLU.run(name, *x) for name in (KERNEL, XLA)]
@@ -242,18 +261,33 @@ def test_swiglu_is_rounded_once():
 
 
 def test_swiglu_in_float32_is_exact():
-    operands = swiglu_inputs(jax.random.key(3), Shape(2, 2, 24, 40, 2))[:3]
-    x, gate, up = as_dtype(operands, jnp.float32)
+    operands = weighted_inputs(jax.random.key(3), Shape(2, 2, 24, 40, 2))[:4]
+    operands = as_dtype(operands, jnp.float32)
     routing = jnp.array([1, 0]), jnp.int32(2)
 
     def gradients(function, *x):
         value, pull = jax.vjp(lambda *x: function(*x, *routing), *x)
         return value, *pull(jnp.ones_like(value))
 
-    got = jax.jit(functools.partial(gradients, api.grouped_swiglu))(x, gate, up)
-    want = jax.jit(functools.partial(gradients, swiglu_in_float32))(x, gate, up)
+    got = jax.jit(functools.partial(gradients, weighted))(*operands)
+    want = jax.jit(functools.partial(gradients, weighted_in_float32))(*operands)
     assert all(each.dtype == jnp.float32 for each in got)
     assert_agree(got, want, 1e-5)
+
+
+def test_weights_in_float64_are_no_matter_to_float32():
+    with jax.enable_x64(True):
+        given = weighted_inputs(jax.random.key(3), Shape(2, 2, 24, 40, 2))
+        given = (
+            *as_dtype(given[:3], jnp.float32),
+            given[3].astype(jnp.float64),
+            *given[4:],
+        )
+        y, pull = jax.vjp(
+            lambda weight: weighted(*given[:3], weight, *given[4:]), given[3]
+        )
+        (slope,) = pull(jnp.ones_like(y))
+    assert y.dtype == jnp.float32 and slope.dtype == jnp.float64
 
 
 @pytest.mark.parametrize(

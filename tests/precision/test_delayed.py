@@ -206,7 +206,6 @@ def test_a_step_keeps_what_each_map_and_layer_saw():
         np.testing.assert_array_equal(after.scales[path][..., W:, 0], largest)
 
 
-@pytest.mark.slow
 def test_micro_batches_are_seen_together():
     parts = assemble(with_accumulation(2))
     state = trained()[2][-1]

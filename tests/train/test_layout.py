@@ -61,8 +61,8 @@ def test_a_pipeline_says_how_long_ranks_idle():
 REFUSED = {
     "strict": (
         RuntimeConfig(compute="bf16", strict=True),
-        r"runtime.strict = True: .* xla for attention, grouped_dot \(mosaic_gpu runs "
-        "on NVIDIA Hopper GPUs .* not on 'cpu'",
+        r"runtime.strict = True: .* xla for attention, grouped_dot, grouped_swiglu "
+        r"\(mosaic_gpu runs on NVIDIA Hopper GPUs .* not on 'cpu'",
     ),
     "demanded": (
         RuntimeConfig(compute="bf16", implementation="mosaic_gpu"),
@@ -111,11 +111,12 @@ def test_fallbacks_are_told_with_their_reasons(monkeypatch):
     monkeypatch.setattr("deepseek_jax.kernels.require_hopper", lambda: None)
     runtime = RuntimeConfig(compute="bf16", block=64)
     assert (
-        "kernels: mosaic_gpu for attention; xla for grouped_dot "
+        "kernels: mosaic_gpu for attention; xla for grouped_dot, grouped_swiglu "
         "(blocks have 64 rows: the kernel wants a multiple of 128)"
     ) in said(1, runtime=runtime)
     runtime = dataclasses.replace(runtime, block=128, strict=True)
-    assert "kernels: mosaic_gpu for attention, grouped_dot" in said(1, runtime=runtime)
+    own = "kernels: mosaic_gpu for attention, grouped_dot, grouped_swiglu\n"
+    assert own in said(1, runtime=runtime) + "\n"
     plain = dataclasses.replace(runtime, attention="plain")
     with pytest.raises(
         ValueError, match=r"xla for attention \(runtime\.attention = 'plain'"
