@@ -207,7 +207,7 @@ def test_the_command_line_says_what_was_checked(key, value, write, monkeypatch):
         ("demo.py", 4),
         ("balancing.py", 33),
         ("balancing.py:paper", 15),
-        ("balancing.py:rules", 12),
+        ("balancing.py:pair", 12),
         ("balancing.py:smoke", 4),
         ("bias_rate.py", 24),
         ("bias_rate.py:decades", 15),
