@@ -109,11 +109,20 @@ def parse_flags(arguments: list[str]) -> list[str]:
         rest = flags.FLAGS(arguments)
     except flags.Error as error:
         # An error in get_config comes as a whole stack trace; its last line says it.
-        last = str(error).strip().splitlines()[-1]
-        raise ValueError(last.removeprefix("ValueError: ")) from error
+        last = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        last = re.sub(r"invalid literal for int\(\) .*: ", "must be whole, not ", last)
+        raise ValueError(last + _field_hint(last)) from error
     if rest[1:]:
         raise ValueError(f"unknown argument {rest[1]!r}: flags begin with --")
     return rest
+
+
+def _field_hint(message: str) -> str:
+    """What to write for a field that was taken for a flag, if that is the matter."""
+    found = re.search(r"Unknown command line flag '(\w+)'", message)
+    fields = [name for name in flatten(to_dict(Config())) if found]
+    near = [name for name in fields if name.rpartition(".")[2] == found[1]]  # type: ignore[index]
+    return f"; the field is --config.{near[0]}" if near else ""
 
 
 def require(holder: flags.FlagHolder[Any], example: str) -> Any:

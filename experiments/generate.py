@@ -31,8 +31,9 @@ after compilation. --no-compare saves the seconds that this takes.
 stopped}], tokens_per_s, tokens_per_step, acceptance, speed: {step_s, plain_step_s,
 speed_up}, mesh: {axes, devices, experts, places, step, load_before, load_after}, ...};
 log_probs are the model's own, before temperature and other rules; loads are the busiest
-device's over the mean, on average over layers, by the evaluation after that step.
-`attention` is {implementation, reason} of attention over the cache.
+device's over the mean, on average over layers, by the evaluation after that step;
+`attention` is {implementation, reason} of attention over the cache; prefill_s has its
+own compilation in it, which compile_s has not.
 """
 
 import argparse

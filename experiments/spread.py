@@ -35,7 +35,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh",
         metavar="AXES",
-        help="spread experts and samples over all devices, as in node=2,expert=4",
+        help="spread experts and samples over all devices, as in node=2,expert=4; "
+        "each makes as many samples (--n), without --page",
     )
     parser.add_argument(
         "--replicas",

@@ -13,13 +13,15 @@ that failed does not stop the others, and makes the exit code 1.
 --failed only what has failed.
 
 --vectorize=N trains runs that differ only in scalars (learning rate, bias speed, weight
-of a loss) and seed as one program, N at a time, with the numbers they have alone. On a
-CPU each core is a device then. Folders are those of runs alone.
+of a loss) and seed as one program, N at a time. Folders are those of runs alone, and so
+are numbers, but for rounding. On a CPU each core is a device then. tokens/s are a run's
+share.
 
 --launcher=slurm makes a batch script in --workdir, an array with a task for each run,
 and submits it. Runs save before their time is over, or when another job takes their
 place, and go on by themselves. With --dry-run the script is written and not submitted;
-it is there to be read and edited, and sbatch alone starts it.
+it is there to be read and edited, and sbatch alone starts it. On this machine --dry-run
+says the budget and the runs, and starts nothing.
 """
 
 import argparse
@@ -34,6 +36,7 @@ from experiments.launch import (
     local,
     plan,
     population,
+    script,
     slurm,
     watch,
 )
@@ -47,7 +50,7 @@ OPTIONS = {
     "--processes-per-run": ("processes", int, "of a run on CPUs"),
     "--cpus-per-process": ("cpus", int, "else what Slurm gives"),
     "--time": ("time", str, "h:mm:ss after which a run goes back in the queue"),
-    "--save-seconds": ("save_s", int, "before that, when a run is told to save"),
+    "--save-seconds": ("save_s", int, "seconds before that, when it is told to save"),
     "--partition": ("partition", str, "else Slurm's default"),
     "--array-parallelism": ("parallel", int, "runs at a time"),
 }
@@ -60,14 +63,25 @@ def parser() -> common.Parser:
     made.add_argument("--workdir", required=True, type=Path)
     made.add_argument("--config", help="the base config instead of the sweep's own")
     made.add_argument("--launcher", choices=[LOCAL, SLURM], default=LOCAL)
-    made.add_argument("--workers", type=int, default=1, help="runs at a time, here")
     made.add_argument(
-        "--vectorize", type=int, default=1, metavar="N", help="runs in one program"
+        "--workers", type=int, default=1, help="runs at a time, here (default 1)"
+    )
+    made.add_argument(
+        "--vectorize",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs in one program, here (default 1)",
+    )
+    made.add_argument(
+        "--dry-run", action="store_true", help="start nothing; write Slurm's script"
     )
     group = made.add_argument_group("with --launcher=slurm")
     for flag, (field, kind, text) in OPTIONS.items():
+        usual = getattr(slurm.Resources, field)
+        about = f"{text} (default {usual})" if usual else text
         group.add_argument(
-            flag, dest=field, type=kind, help=text, default=argparse.SUPPRESS
+            flag, dest=field, type=kind, help=about, default=argparse.SUPPRESS
         )
     group.add_argument(
         "--sbatch",
@@ -77,7 +91,6 @@ def parser() -> common.Parser:
         help="one more for sbatch, as --sbatch=account=lab; may be repeated",
         default=argparse.SUPPRESS,
     )
-    group.add_argument("--dry-run", action="store_true", help="write the script only")
     return made
 
 
@@ -87,8 +100,9 @@ def resources(options: argparse.Namespace) -> slurm.Resources | None:
     Raises:
       ValueError: an option is of the other launcher, or impossible.
     """
-    fields = [field for field, *_ in OPTIONS.values()] + ["options"]
-    given = {name: getattr(options, name) for name in fields if name in options}
+    flags = {field: flag for flag, (field, *_) in OPTIONS.items()}
+    flags["options"] = "--sbatch"
+    given = {name: getattr(options, name) for name in flags if name in options}
     if options.launcher == SLURM:
         if options.workers != 1:
             raise ValueError("--workers is for --launcher=local: --array-parallelism")
@@ -99,14 +113,20 @@ def resources(options: argparse.Namespace) -> slurm.Resources | None:
         if "options" in given:
             given["options"] = tuple(given["options"])
         return slurm.Resources(**given)
-    if given or options.dry_run:
-        raise ValueError("--gpus-per-run and its like need --launcher=slurm")
+    if given:
+        raise ValueError(f"{flags[next(iter(given))]}: needs --launcher=slurm")
     return None
 
 
 def main(arguments: list[str]) -> int:
     if arguments[:1] and arguments[0] in control.VERBS:
         return control.main(*arguments)
+    for argument in arguments:
+        if argument.startswith("--config."):
+            raise ValueError(
+                f"{argument}: overrides of a sweep are in its file, or in the base "
+                "that --config=FILE.py names"
+            )
     options = parser().parse_args(arguments)
     for name in ("workers", "vectorize"):
         if (given := getattr(options, name)) < 1:
@@ -122,6 +142,9 @@ def main(arguments: list[str]) -> int:
         slurm.check_idle(workdir)
         plan.open_corpora(planned)
         print(budget.text(planned.items, workdir, workers=options.workers), flush=True)
+        if options.dry_run:
+            print("runs:", *(item.name for item in planned.items))
+            return 0
         with watch.running(workdir):
             plan.save(planned, workdir)
             code = local.run(
@@ -131,6 +154,11 @@ def main(arguments: list[str]) -> int:
     text = slurm.check(planned, workdir, wanted, dry=options.dry_run)
     plan.open_corpora(planned)
     print(budget.text(planned.items, workdir, wanted), flush=True)
+    print(
+        f"  in the queue: each run for {script.in_words(script.seconds(wanted.time))}, "
+        f"told to save {script.in_words(wanted.save_s)} before, then again",
+        flush=True,
+    )
     if note := slurm.no_cuda(wanted):
         print(note, file=sys.stderr)
     with watch.lock(workdir, patience_s=5.0):

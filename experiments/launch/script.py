@@ -121,6 +121,17 @@ def seconds(time: str) -> int:
     )
 
 
+def in_words(seconds: int) -> str:
+    """As "4 h 30 min", without the parts that are 0."""
+    sizes = {"h": 3600, "min": 60, "s": 1}
+    parts = []
+    for unit, size in sizes.items():
+        if count := seconds // size:
+            parts.append(f"{count} {unit}")
+        seconds %= size
+    return " ".join(parts)
+
+
 def ranges(numbers: Sequence[int], parallel: int = 0) -> str:
     """0, 1, 2, 5 -> "0-2,5", with "%4" if only four may run at a time."""
     parts: list[list[int]] = []

@@ -110,6 +110,13 @@ def test_resolve_takes_a_workdir_whose_name_is_a_number(root, tmp_path):
     assert resolve(tmp_path / "7") == (tmp_path / "7" / "checkpoints", None)
 
 
+def test_resolve_names_the_runs_of_a_sweep(root, tmp_path):
+    for name in ("b", "a"):
+        shutil.copytree(root, tmp_path / "sweep" / name / "checkpoints")
+    with pytest.raises(ValueError, match=r"it has the runs a, b, as .*/sweep/a: give"):
+        resolve(tmp_path / "sweep")
+
+
 @pytest.mark.parametrize(
     "path, message",
     [

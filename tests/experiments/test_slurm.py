@@ -15,7 +15,7 @@ import pytest
 
 from experiments import report, sweep
 from experiments.launch import control, ended, local, plan, script, slurm, watch
-from experiments.launch.script import Resources, ranges, seconds
+from experiments.launch.script import Resources, in_words, ranges, seconds
 from tests.analysis import synthetic
 from tests.experiments.test_sweep import ROOT, points
 
@@ -85,7 +85,9 @@ def test_a_dry_run_writes_the_script_and_needs_no_slurm(
 ):
     workdir = tmp_path / "out"
     found = directives(dry(spec, workdir))
-    assert f"sbatch {workdir}/sweep.sbatch" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"sbatch {workdir}/sweep.sbatch" in said
+    assert "each run for 4 h, told to save 2 min before" in said
     assert found == {
         "job-name": "out",
         "comment": str(workdir),
@@ -159,7 +161,7 @@ def test_what_runs_get(tmp_path, commands):
         (["--time=2:00"], "--time=2:00: is 120 s, and must be more than --save-seco"),
         (["--sbatch=--account=x"], "must be an option of sbatch without its dashes"),
         (["--workers=2"], "--workers is for --launcher=local"),
-        (["--launcher=local"], "need --launcher=slurm"),
+        (["--launcher=local"], "--time: needs --launcher=slurm"),
         (["--launcher=kubernetes"], "invalid choice: 'kubernetes'"),
         (
             ["--gpus-per-run=8"],
@@ -174,6 +176,14 @@ def test_what_is_refused(more, message, spec, tmp_path, commands):
     with pytest.raises(ValueError) as error:
         command_line(spec, tmp_path / "out", "--time=2:00:00", *more)
     assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--time=1:00:00", "--sbatch=account=lab"])
+def test_an_option_of_slurm_alone_is_named(flag, spec, tmp_path):
+    wanted = f"{flag.partition('=')[0]}: needs --launcher=slurm"
+    with pytest.raises(ValueError, match=wanted):
+        sweep.main([f"--sweep={spec}", f"--workdir={tmp_path / 'out'}", flag])
     assert not (tmp_path / "out").exists()
 
 
@@ -667,6 +677,12 @@ def test_ended_wants_a_run_of_a_sweep(tmp_path):
 )
 def test_times_are_read_as_sbatch_reads_them(time_, expected):
     assert seconds(time_) == expected
+
+
+def test_times_in_words():
+    assert [in_words(s) for s in (240, 14400, 131410)] == [
+        *("4 min", "4 h", "36 h 30 min 10 s"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from deepseek_jax.analysis.runs import FAILED
 from deepseek_jax.config import STRATEGIES, Config, to_dict
 from deepseek_jax.model.count import count_parameters
-from experiments import common
+from experiments import common, sweep
 from experiments.launch import control, local, plan, population
 from experiments.launch.progress import Progress
 from tests.train.corpus import write_corpus
@@ -253,6 +253,25 @@ def test_the_balancing_sweep_has_every_strategy_and_seed():
     items = plan.load("experiments/sweeps/balancing.py").items
     found = {(item.config.balance.strategy, item.config.seed) for item in items}
     assert found == {(strategy, seed) for strategy in STRATEGIES for seed in range(3)}
+
+
+def test_a_dry_run_says_the_budget_and_starts_nothing(write, tmp_path, capsys):
+    workdir = tmp_path / "out"
+    assert sweep.main([f"--sweep={write()}", f"--workdir={workdir}", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("budget: ") and "\nruns: " in said
+    assert not workdir.exists()
+
+
+def test_overrides_are_not_for_a_sweep_s_command_line(write, tmp_path):
+    with pytest.raises(ValueError, match=r"--config\.train\.steps=5: overrides.*file"):
+        sweep.main(
+            [
+                f"--sweep={write()}",
+                f"--workdir={tmp_path / 'out'}",
+                "--config.train.steps=5",
+            ]
+        )
 
 
 def test_a_sweep_runs_and_a_second_start_has_nothing_to_do(write, tmp_path):

@@ -50,6 +50,8 @@ def command(*arguments, **environment):
         ((f"{TINY}:smok",), "only :smoke is known here"),
         (("--config=nowhere.py",), "--config=nowhere.py: there is no such file"),
         ((TINY, "--workdri=x"), "Unknown command line flag 'workdri'"),
+        ((TINY, "--steps=10"), "flag 'steps'; the field is --config.train.steps"),
+        ((TINY, "--config.train.steps=1e3"), "steps=1e3: must be whole, not '1e3'"),
         (
             (TINY, "--config.model.moe.top_k=9"),
             "model.moe.top_k = 9: must be at most 8",
