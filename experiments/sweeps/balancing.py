@@ -6,7 +6,7 @@ sequence-wise losses), and of arXiv:2408.15664, with the variants proposed since
 
 Cost: 33 runs of 300 steps, about 2 hours on 2 cores. ":paper" is the report's own
 comparison, five strategies and 15 runs; ":pair" has six more seeds of the two whose
-losses it tells apart, 12 runs; ":smoke" is four runs of 6 steps.
+losses the report tells apart, 12 runs; ":smoke" is four runs of 6 steps.
 
   python -m experiments.sweep --sweep=experiments/sweeps/balancing.py --workdir=runs/b
 
