@@ -120,9 +120,10 @@ def parse_flags(arguments: list[str]) -> list[str]:
 def _field_hint(message: str) -> str:
     """What to write for a field that was taken for a flag, if that is the matter."""
     found = re.search(r"Unknown command line flag '(\w+)'", message)
-    fields = [name for name in flatten(to_dict(Config())) if found]
-    near = [name for name in fields if name.rpartition(".")[2] == found[1]]  # type: ignore[index]
-    return f"; the field is --config.{near[0]}" if near else ""
+    for name in flatten(to_dict(Config())):
+        if found and name.rpartition(".")[2] == found[1]:
+            return f"; the field is --config.{name}"
+    return ""
 
 
 def require(holder: flags.FlagHolder[Any], example: str) -> Any:

@@ -138,6 +138,14 @@ def test_a_block_with_kernels_computes_what_one_without_does():
         assert np.abs(want).max() > 0
 
 
+@pytest.mark.parametrize(("maps", "own"), [("q_a,o", True), ("q_a,experts", False)])
+def test_experts_that_are_not_in_fp8_are_those_of_bf16(maps, own):
+    choice = RuntimeConfig(compute="fp8_v3", fp8=policy.Pieces(maps=maps))
+    with kernels.dry_run() as notes:
+        results(choice, lambda run: functools.partial(jax.eval_shape, run))
+    assert ("grouped_swiglu" in notes) == own and "grouped_dot" in notes
+
+
 def gemms(made, name, x, w, **options):
     return kernels.gemms(made, name, x, w, implementation=INTERPRET, **options)
 
