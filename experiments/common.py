@@ -120,10 +120,12 @@ def parse_flags(arguments: list[str]) -> list[str]:
 def _field_hint(message: str) -> str:
     """What to write for a field that was taken for a flag, if that is the matter."""
     found = re.search(r"Unknown command line flag '(\w+)'", message)
-    for name in flatten(to_dict(Config())):
-        if found and name.rpartition(".")[2] == found[1]:
-            return f"; the field is --config.{name}"
-    return ""
+    if not found:
+        return ""
+    ends = f".{found[1]}"
+    near = [f"--config.{name}" for name in flatten(to_dict(Config()))]
+    near = [name for name in near if name.endswith(ends)]
+    return f"; the field is {' or '.join(near)}" if near else ""
 
 
 def require(holder: flags.FlagHolder[Any], example: str) -> Any:

@@ -25,6 +25,7 @@ says the budget and the runs, and starts nothing.
 """
 
 import argparse
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -122,7 +123,7 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] and arguments[0] in control.VERBS:
         return control.main(*arguments)
     for argument in arguments:
-        if argument.startswith("--config."):
+        if re.match(r"--?config\.", argument):
             raise ValueError(
                 f"{argument}: overrides of a sweep are in its file, or in the base "
                 "that --config=FILE.py names"
@@ -135,15 +136,18 @@ def main(arguments: list[str]) -> int:
     command = shlex.join(["python", "-m", MODULE, *arguments])
     planned = plan.load(options.sweep, options.config, command)
     plan.check_folders(planned, workdir)
+    names = [item.name for item in planned.items]
     if options.vectorize > 1:
-        names = [item.name for item in planned.items]
-        population.teams(planned, names, options.vectorize)
+        teams = population.teams(planned, names, options.vectorize)
     if wanted is None:
         slurm.check_idle(workdir)
+        plan.check_sweep(planned, workdir)
         plan.open_corpora(planned)
         print(budget.text(planned.items, workdir, workers=options.workers), flush=True)
         if options.dry_run:
-            print("runs:", *(item.name for item in planned.items))
+            if options.vectorize > 1:
+                print(population.told(teams, options.vectorize))
+            print("runs:", *names)
             return 0
         with watch.running(workdir):
             plan.save(planned, workdir)

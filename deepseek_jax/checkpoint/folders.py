@@ -44,11 +44,11 @@ def resolve(path: str | Path) -> tuple[Path, int | None]:
         if steps(root):
             return root, None
     there = steps(path.parent) if path.name.isdigit() else []
-    inside = sorted(each.parent.name for each in path.glob(f"*/{FOLDER}"))
+    inside = sorted(p.parent.name for p in path.glob(f"*/{FOLDER}") if steps(p))
     why = "is not there" if not path.exists() else "holds no checkpoint"
     hint = f"; {path.parent} has the steps {there}" if there else ""
     if inside:
-        hint = f"; it has the runs {', '.join(inside)}, as {path / inside[0]}"
+        hint = f"; it has {len(inside)} runs, such as {path / inside[0]}"
     raise ValueError(
         f"{path} {why}{hint}: give a workdir, its {FOLDER}/, or one step such as "
         f"{FOLDER}/100"

@@ -154,20 +154,29 @@ def flag(key: str, value: Any) -> str:
     return f"--config.{key}={value}"
 
 
+def check_sweep(plan: Plan, workdir: Path) -> None:
+    """Refuses a folder that is not this sweep's.
+
+    Raises:
+      ValueError: it holds a single run, or a sweep of which a run is missing here, or
+        differs.
+    """
+    if (workdir / FILE).exists():
+        here = {item.name: item.record() for item in plan.items}
+        for there in stored(workdir)["runs"]:
+            _check_same(workdir, there, here.get(there["name"]))
+    elif (workdir / "metrics.jsonl").exists():
+        raise ValueError(f"workdir {workdir} holds a single run, not a sweep")
+
+
 def save(plan: Plan, workdir: Path) -> None:
     """Writes sweep.json, or extends the one that is there by new runs.
 
     Raises:
-      ValueError: the folder holds another sweep: a run is missing here, or differs.
+      ValueError: see `check_sweep`.
     """
-    path = workdir / FILE
-    records = [item.record() for item in plan.items]
-    if path.exists():
-        here = {record["name"]: record for record in records}
-        for there in stored(workdir)["runs"]:
-            _check_same(workdir, there, here.get(there["name"]))
-    elif workdir.exists() and (workdir / "metrics.jsonl").exists():
-        raise ValueError(f"workdir {workdir} holds a single run, not a sweep")
+    check_sweep(plan, workdir)
+    path, records = workdir / FILE, [item.record() for item in plan.items]
     workdir.mkdir(parents=True, exist_ok=True)
     content = {
         "title": plan.title,

@@ -113,7 +113,8 @@ def test_resolve_takes_a_workdir_whose_name_is_a_number(root, tmp_path):
 def test_resolve_names_the_runs_of_a_sweep(root, tmp_path):
     for name in ("b", "a"):
         shutil.copytree(root, tmp_path / "sweep" / name / "checkpoints")
-    with pytest.raises(ValueError, match=r"it has the runs a, b, as .*/sweep/a: give"):
+    (tmp_path / "sweep" / "c" / "checkpoints").mkdir(parents=True)  # of none yet
+    with pytest.raises(ValueError, match=r"it has 2 runs, such as .*/sweep/a: give"):
         resolve(tmp_path / "sweep")
 
 

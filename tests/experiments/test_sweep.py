@@ -261,6 +261,10 @@ def test_a_dry_run_says_the_budget_and_starts_nothing(write, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith("budget: ") and "\nruns: " in said
     assert not workdir.exists()
+    workdir.mkdir()
+    (workdir / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match="holds a single run"):
+        sweep.main([f"--sweep={write()}", f"--workdir={workdir}", "--dry-run"])
 
 
 def test_overrides_are_not_for_a_sweep_s_command_line(write, tmp_path):
