@@ -76,7 +76,7 @@ def test_text_streams_and_the_figures_come_last(run, capsys):
 
 
 def test_in_bfloat16_it_says_how_it_attends(run, capsys):
-    """A wider cache is no matter for most tokens of 20, and says so in bytes."""
+    """And rounds: a little, and in a cache of half as many bytes."""
     both = {"compute": "bf16", "cache-dtype": "bf16"}
     found = json.loads(printed(capsys, run, "--json", **both).out)
     assert found["attention"]["implementation"] == "xla"
